@@ -1,0 +1,58 @@
+# Needs Python 3.11 with venv (on Debian: python3.11 and python3.11-venv) and make; installs all else into .venv
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+RUN := $(PY) -m monai.bundle run
+
+.PHONY: demo test test-all lint weights
+
+# phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
+demo: demo/.segmented
+	@echo "network:      demo/model.pt"
+	@echo "scores:       demo/metrics.csv, drawn in demo/subject-6.png"
+	@echo "segmentation: demo/segmentation/subject-7-label.nii.gz, volumes.csv, drawn in subject-7.png"
+
+demo/.phantom: $(VENV)/.installed
+	$(PY) -m scripts phantom --output_dir data/phantom --subjects 6 --unlabeled 1 --seed 0
+	@mkdir -p demo && touch $@
+
+demo/.trained: demo/.phantom
+	$(RUN) training --config_file "['configs/train.json','configs/demo.json']"
+	@touch $@
+
+demo/.evaluated: demo/.trained
+	$(RUN) evaluating --config_file "['configs/train.json','configs/evaluate.json','configs/demo.json']"
+	@touch $@
+
+demo/.segmented: demo/.evaluated
+	$(RUN) --config_file configs/inference.json --ckpt_dir demo --output_dir demo/segmentation
+	@touch $@
+
+test: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "not slow"
+
+test-all: $(VENV)/.installed-dev
+	$(PY) -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+# the weights that the bundle includes: 10 phantom subjects, 8 of them for training
+weights: $(VENV)/.installed
+	$(PY) -m scripts phantom --output_dir data/phantom-10 --subjects 10 --unlabeled 0 --seed 1
+	$(RUN) training --config_file "['configs/train.json','configs/demo.json']" --dataset_dir data/phantom-10 \
+		--val_subjects "[9,10]" --epochs 40 --output_dir eval/weights --ckpt_dir models
+
+$(VENV)/bin/pip:
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no virtual environment made; on Debian: apt install python3.11-venv"; exit 1; }
+
+# torch first and alone, so that a CPU build that is at hand is taken
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/pip
+	$(VENV)/bin/pip install --quiet $$(grep '^torch==' requirements.txt)
+	$(VENV)/bin/pip install --quiet -r requirements.txt
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
+	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,1 @@
+"""Python of the infant brain MRI SkipDenseSeg bundle that MONAI itself doesn't have."""

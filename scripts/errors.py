@@ -1,0 +1,28 @@
+"""What a person sees when something is wrong with what they gave."""
+
+import sys
+from types import TracebackType
+
+
+class InputError(ValueError):
+    """Something given from outside can't be used. The message is one line: what, what is wrong with it, what to do."""
+
+
+def _input_error_in(error: BaseException | None) -> InputError | None:
+    """The InputError that `error` is or was raised from, if any: MONAI wraps what its components raise."""
+    while error is not None and not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    input_error = _input_error_in(error)
+    if input_error is None:
+        sys.__excepthook__(kind, error, traceback)
+    else:
+        print(f"error: {input_error}", file=sys.stderr)
+
+
+def show_input_errors_in_one_line() -> None:
+    """From here on an uncaught InputError ends the process with its message alone; others keep their traceback."""
+    sys.excepthook = _show

@@ -1,0 +1,133 @@
+"""Scores and volumes of each tissue, a row for each subject."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ignite.engine import Engine, Events
+from monai.data import MetaTensor
+from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
+from monai.networks import one_hot
+
+from scripts.writers import segmented_subjects, write_csv
+
+TISSUES = ("csf", "gm", "wm")  # labels 1, 2, 3
+
+
+def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]) -> dict[str, float]:
+    """Agreement of a segmentation with a label.
+
+    Args:
+        prediction, label: labels 0 background, 1 CSF, 2 GM, 3 WM, (1, X, Y, Z), on one grid.
+        spacing: voxel size in mm.
+
+    Returns:
+        For each tissue and as mean of the three: `dice_` (0 to 1), and in mm `hd95_` and `hd_max_` (95th percentile
+        and maximum of the surface distances, the greater of both directions) and `asd_` (mean surface distance over
+        both directions). Surfaces are the outermost voxels of a tissue. NaN where the label lacks the tissue, and
+        an infinite distance where only the prediction lacks it.
+    """
+    # distances are taken within a box around both, which is smaller than the volume
+    occupied = torch.nonzero((prediction[0] > 0) | (label[0] > 0))
+    if len(occupied):
+        low, high = occupied.amin(0), occupied.amax(0) + 1
+        box = (slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))
+        prediction, label = prediction[box], label[box]
+    pair = [one_hot(x[None].long(), num_classes=len(TISSUES) + 1) for x in (prediction, label)]
+    scores = {
+        "dice": compute_dice(*pair, include_background=False),
+        "hd95": compute_hausdorff_distance(*pair, percentile=95, spacing=spacing),
+        "hd_max": compute_hausdorff_distance(*pair, spacing=spacing),
+        "asd": compute_average_surface_distance(*pair, symmetric=True, spacing=spacing),
+    }
+    row: dict[str, float] = {}
+    for name, values in scores.items():
+        by_tissue = values[0].tolist()
+        row |= {f"{name}_{tissue}": value for tissue, value in zip(TISSUES, by_tissue, strict=True)}
+        row[f"{name}_mean"] = float(np.mean(by_tissue))
+    return row
+
+
+def tissue_volumes(prediction: MetaTensor) -> dict[str, float]:
+    """Volume of each tissue and of the brain (their sum) in ml, from labels 0 to 3 with an affine in mm."""
+    voxel = abs(float(torch.linalg.det(prediction.affine[:3, :3]))) / 1000
+    volumes = {tissue: int((prediction == i).sum()) * voxel for i, tissue in enumerate(TISSUES, start=1)}
+    return {f"{name}_ml": round(ml, 3) for name, ml in (volumes | {"brain": sum(volumes.values())}).items()}
+
+
+class _SubjectTable:
+    """Handler that gathers a row from each item of the engine's output and writes the table when the run is over."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+        self.rows: list[dict[str, Any]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.rows.clear)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.gather)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def gather(self, engine: Engine) -> None:
+        self.rows += [{"subject": item["subject"]} | self.measure(item) for item in segmented_subjects(engine)]
+
+    def measure(self, item: dict[str, Any]) -> dict[str, float]:
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        write_csv(self.path, self.rows)
+
+
+class ScoreTable(_SubjectTable):
+    """Handler that scores each subject, writes `metrics.csv` and prints the Dice table in percent."""
+
+    def measure(self, item: dict[str, Any]) -> dict[str, float]:
+        spacing = tuple(item["label"].pixdim.tolist())
+        return tissue_scores(item["pred"].as_tensor().cpu(), item["label"].as_tensor().cpu(), spacing)
+
+    def finish(self) -> None:
+        super().finish()
+        print(dice_table(self.rows))
+        print(f"scores of each subject, surface distances included: {self.path}")
+
+
+class VolumeTable(_SubjectTable):
+    """Handler that measures each segmented subject and writes `volumes.csv`."""
+
+    def measure(self, item: dict[str, Any]) -> dict[str, float]:
+        return tissue_volumes(item["pred"])
+
+    def finish(self) -> None:
+        super().finish()
+        print(f"segmented {len(self.rows)} subjects; labels and volumes in {self.path.parent}")
+
+
+def dice_table(rows: list[dict[str, Any]]) -> str:
+    """The table CSF | GM | WM | Average: Dice in percent, a line for each subject and for their mean."""
+    columns = [f"dice_{name}" for name in (*TISSUES, "mean")]
+    lines = ["| Subject | CSF | GM | WM | Average |", "|---|---|---|---|---|"]
+    table = {row["subject"]: [row[column] for column in columns] for row in rows}
+    if len(rows) > 1:
+        table["mean"] = np.mean(list(table.values()), axis=0)
+    for subject, scores in table.items():
+        lines.append(" | ".join([f"| {subject}", *(f"{100 * score:.2f}" for score in scores)]) + " |")
+    return "\n".join(lines)
+
+
+class TissueDice:
+    """Handler that adds the Dice of each tissue to the metrics of an evaluator, from the details of its mean Dice.
+
+    Args:
+        mean_dice: name of the MONAI `MeanDice` metric; `<mean_dice>_csf`, `_gm` and `_wm` are added.
+    """
+
+    def __init__(self, mean_dice: str) -> None:
+        self.mean_dice = mean_dice
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.add)
+
+    def add(self, engine: Engine) -> None:
+        by_tissue = engine.state.metric_details[self.mean_dice].nanmean(dim=0).tolist()
+        for tissue, value in zip(TISSUES, by_tissue, strict=True):
+            engine.state.metrics[f"{self.mean_dice}_{tissue}"] = value

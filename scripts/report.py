@@ -1,0 +1,106 @@
+"""Pictures by which a person judges a segmentation."""
+
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+from ignite.engine import Engine, Events
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from monai.data import MetaTensor
+
+from scripts.writers import segmented_subjects, whole_files
+
+TISSUE_COLORS = {"CSF": "#3b82f6", "GM": "#22c55e", "WM": "#facc15"}
+DISAGREEMENT_COLOR = "#ef4444"
+
+
+def _canonical(values: MetaTensor) -> np.ndarray:
+    """The only channel, its axes turned to run right, front, top."""
+    image = nib.Nifti1Image(values[0].cpu().numpy().astype(np.float32), values.affine.cpu().numpy())
+    return np.asarray(nib.as_closest_canonical(image).dataobj)
+
+
+def _slices(values: np.ndarray, centre: np.ndarray) -> list[np.ndarray]:
+    """Axial, coronal and sagittal slice, as seen with the front or the top up and the subject's right on the left."""
+    x, y, z = centre
+    return [values[:, :, z].T, values[:, y, :].T, values[x, :, :].T]
+
+
+def segmentation_picture(
+    t1: MetaTensor, prediction: MetaTensor, label: MetaTensor | None = None, title: str = ""
+) -> Figure:
+    """Slices through the middle of the brain: T1, T1 with the segmentation, and with the label where there is one.
+
+    Args:
+        t1: T1 intensities, (1, X, Y, Z), with an affine.
+        prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
+        label: the true labels likewise; a last column then marks the voxels where the two disagree.
+        title: stands above the picture.
+    """
+    t1_values, segmented = _canonical(t1), _canonical(prediction)
+    brain = np.argwhere(t1_values > 0)
+    low, high = brain.min(0), brain.max(0) + 1
+    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
+    # a little beside the middle, where a sagittal slice would show the gap between the hemispheres
+    centre = ((high - low) * (0.4, 0.5, 0.55)).astype(int)
+    zooms = np.array(nib.affines.voxel_sizes(t1.affine.cpu().numpy()))
+    zooms = zooms[nib.io_orientation(t1.affine.cpu().numpy())[:, 0].argsort()]
+    aspects = (zooms[1] / zooms[0], zooms[2] / zooms[0], zooms[2] / zooms[1])
+
+    colors = ListedColormap(TISSUE_COLORS.values())
+    overlays = {"T1": None, "segmentation": segmented[box]}
+    if label is not None:
+        truth = _canonical(label)[box]
+        overlays |= {"label": truth, "disagreement": truth != segmented[box]}
+    figure = Figure(figsize=(3.2 * len(overlays), 10), layout="constrained", facecolor="black")
+    axes = figure.subplots(3, len(overlays))
+    grey = _slices(t1_values[box], centre)
+    brightest = np.percentile(t1_values[t1_values > 0], 99.5)
+    for column, (name, overlay) in enumerate(overlays.items()):
+        axes[0, column].set_title(name, color="white")
+        for row, (slice_, aspect) in enumerate(zip(grey, aspects, strict=True)):
+            axis = axes[row, column]
+            axis.imshow(slice_, cmap="gray", vmin=0, vmax=brightest, origin="lower", aspect=aspect)
+            axis.axis("off")
+            if overlay is None:
+                continue
+            marks = _slices(overlay, centre)[row]
+            marks = np.ma.masked_equal(marks, 0)
+            if name == "disagreement":
+                axis.imshow(marks, cmap=ListedColormap([DISAGREEMENT_COLOR]), origin="lower", aspect=aspect)
+            else:
+                axis.imshow(marks, cmap=colors, vmin=1, vmax=3, alpha=0.45, origin="lower", aspect=aspect)
+    figure.legend(
+        handles=[Patch(color=color, label=name) for name, color in TISSUE_COLORS.items()],
+        loc="outside lower center",
+        ncols=3,
+        facecolor="black",
+        labelcolor="white",
+    )
+    figure.suptitle(title, color="white")
+    return figure
+
+
+class PictureSaver:
+    """Handler that writes `subject-<id>.png` for each subject of an evaluator.
+
+    Args:
+        output_dir: the folder to write to.
+    """
+
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = Path(output_dir)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.save)
+        engine.add_event_handler(Events.COMPLETED, lambda: print(f"pictures: {self.output_dir}/subject-*.png"))
+
+    def save(self, engine: Engine) -> None:
+        for item in segmented_subjects(engine):
+            subject = item["subject"]
+            figure = segmentation_picture(item["t1"], item["pred"], item.get("label"), f"subject {subject}")
+            with whole_files(self.output_dir) as temporary, matplotlib.rc_context({"savefig.facecolor": "black"}):
+                figure.savefig(temporary / f"subject-{subject}.png", dpi=80)

@@ -1,0 +1,162 @@
+"""Which files make up a subject, and which subjects train, validate and are segmented.
+
+A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path]) and, if it has one, `label` (a path).
+"""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import NotRequired, TypedDict
+
+from scripts.errors import InputError
+
+FILE_NAME = re.compile(r"subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(?P<suffix>hdr|img|nii|nii\.gz)", re.IGNORECASE)
+EXPECTED_NAMES = "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz"
+
+
+class Subject(TypedDict):
+    """The files of a subject; see the head of this module."""
+
+    subject: str
+    image: list[str]
+    label: NotRequired[str]
+
+
+def _natural_order(subject: str) -> list[tuple[bool, int, str]]:
+    """Sort key by which subject 9 comes before subject 10."""
+    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", subject) if part]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+
+
+def _volume_file(path: Path) -> Path:
+    """The file by which a volume is opened: the header of an Analyze pair, of which both halves must be there."""
+    header, image = (_with_suffix_like(path, suffix) for suffix in (".hdr", ".img"))
+    if path.suffix.lower() not in (".hdr", ".img"):
+        return path
+    if not header.exists():
+        raise InputError(f"{path}: its header {header.name} is missing; copy both files of the pair")
+    if not image.exists():
+        raise InputError(f"{path}: its image {image.name} is missing; copy both files of the pair")
+    return header
+
+
+def _with_suffix_like(path: Path, suffix: str) -> Path:
+    """`path` with another suffix, in capitals if its own is."""
+    return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
+
+
+def find_subjects(dataset_dir: str) -> list[Subject]:
+    """All subjects in a folder and the folders below it, in the naming of iSeg-2017 or iSeg-2019.
+
+    Args:
+        dataset_dir: folder with `subject-<id>-T1`, `-T2` and `-label` files (capitals or not), each Analyze
+            (`.hdr` and `.img`) or NIfTI. Hidden files and `__MACOSX` are passed over. It needn't exist.
+
+    Returns:
+        The subjects by ascending id; none where the folder holds none.
+
+    Raises:
+        InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, or two
+            files for one volume.
+    """
+    root = Path(dataset_dir)
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(root.glob("**/*")):
+        name = FILE_NAME.fullmatch(path.name)
+        if name is None or _is_hidden(path.relative_to(root)):
+            continue
+        files = found.setdefault(name["subject"], {})
+        path = _volume_file(path)
+        other = files.setdefault(name["kind"].upper(), path)
+        if other != path:
+            raise InputError(f"{path}: subject {name['subject']} has {other} as well; keep one of the two")
+    subjects: list[Subject] = []
+    for subject_id in sorted(found, key=_natural_order):
+        files = found[subject_id]
+        for modality in ("T1", "T2"):
+            if modality not in files:
+                raise InputError(
+                    f"{next(iter(files.values()))}: subject {subject_id} has no {modality}; "
+                    f"put subject-{subject_id}-{modality} beside it"
+                )
+        subject: Subject = {"subject": subject_id, "image": [str(files["T1"]), str(files["T2"])]}
+        if "LABEL" in files:
+            subject["label"] = str(files["LABEL"])
+        subjects.append(subject)
+    return subjects
+
+
+def _pick(subjects: list[Subject], ids: Collection[int | str], dataset_dir: str, setting: str) -> list[Subject]:
+    """The subjects with these ids; an id that isn't there is an error, but for a folder with no subjects at all."""
+    by_id = {subject["subject"]: subject for subject in subjects}
+    for subject_id in ids if subjects else ():
+        if str(subject_id) not in by_id:
+            there = ", ".join(by_id)
+            raise InputError(
+                f"{dataset_dir}: {setting} names subject {subject_id}, which isn't there; choose from {there}"
+            )
+    return [by_id[str(subject_id)] for subject_id in ids if str(subject_id) in by_id]
+
+
+def validation_subjects(dataset_dir: str, val_subjects: Collection[int | str]) -> list[Subject]:
+    """The subjects named by `val_subjects`.
+
+    Raises:
+        InputError: one of them isn't there or has no label, or as `find_subjects`.
+    """
+    chosen = _pick(find_subjects(dataset_dir), val_subjects, dataset_dir, "val_subjects")
+    for subject in chosen:
+        if "label" not in subject:
+            raise InputError(
+                f"{subject['image'][0]}: val_subjects names subject {subject['subject']}, which has no label; "
+                f"add subject-{subject['subject']}-label or choose another"
+            )
+    return chosen
+
+
+def training_subjects(dataset_dir: str, val_subjects: Collection[int | str]) -> list[Subject]:
+    """All labelled subjects but those of `val_subjects`; raises as `find_subjects`."""
+    held_out = {str(subject_id) for subject_id in val_subjects}
+    return [s for s in find_subjects(dataset_dir) if "label" in s and s["subject"] not in held_out]
+
+
+def subjects_to_segment(dataset_dir: str, subjects: Collection[int | str] | None) -> list[Subject]:
+    """The subjects with these ids, or all that have no label when `subjects` is None.
+
+    Raises:
+        InputError: one of them isn't there, or as `find_subjects`.
+    """
+    found = find_subjects(dataset_dir)
+    if subjects is None:
+        return [subject for subject in found if "label" not in subject]
+    return _pick(found, subjects, dataset_dir, "subjects")
+
+
+def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> None:
+    """Refuse to go on without a subject.
+
+    Args:
+        chosen: the subjects chosen for the purpose.
+        dataset_dir: where they were looked for.
+        purpose: 'train', 'validate' or 'segment', for the message.
+
+    Raises:
+        InputError: `chosen` is empty.
+    """
+    if chosen:
+        return
+    found = find_subjects(dataset_dir)
+    if not found:
+        raise InputError(f"{dataset_dir}: no subjects found; looked for {EXPECTED_NAMES}")
+    labeled = sum("label" in subject for subject in found)
+    remedy = {
+        "train": "training takes the labelled ones that val_subjects doesn't name; add some or name fewer",
+        "validate": "val_subjects names none; name at least one labelled subject",
+        "segment": "by default those without a label are segmented; name others by --subjects \"['9']\"",
+    }[purpose]
+    raise InputError(
+        f"{dataset_dir}: no subject left to {purpose} among {len(found)}, {labeled} of them labelled; {remedy}"
+    )

@@ -1,0 +1,141 @@
+"""From the files of a subject to what the network takes: load, check, normalise."""
+
+import os
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.data import MetaTensor
+from monai.transforms import MapTransform, Transform
+from monai.utils import MetaKeys, SpaceKeys
+
+from scripts.errors import InputError
+
+# label values in iSeg files; their places are the labels in memory: background, CSF, GM, WM
+ISEG_VALUES = (0, 10, 150, 250)
+
+
+def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read one Analyze or NIfTI volume.
+
+    Args:
+        path: `.hdr`, `.nii` or `.nii.gz`; axes after the third must have length 1.
+
+    Returns:
+        Scaled values as float32 (X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
+
+    Raises:
+        InputError: the file can't be read whole, isn't a 3-D volume, or has NaN or infinite values.
+    """
+    try:
+        image = nib.load(path, mmap=False)
+        values = image.get_fdata(dtype=np.float32, caching="unchanged")
+    except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: can't be read ({reason}); copy or convert the file again") from error
+    while values.ndim > 3 and values.shape[-1] == 1:
+        values = values[..., 0]
+    if values.ndim != 3:
+        raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume a file")
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: has NaN or infinite values; replace them, outside the brain by 0")
+    return values, image.affine
+
+
+def _require_same_grid(
+    path: str, values: np.ndarray, affine: np.ndarray, t1_path: str, t1: np.ndarray, t1_affine: np.ndarray
+) -> None:
+    if values.shape != t1.shape:
+        raise InputError(
+            f"{path}: shape {values.shape} differs from {t1.shape} of {t1_path}; resample it to the grid of T1"
+        )
+    if not np.allclose(affine, t1_affine, atol=1e-2):
+        raise InputError(f"{path}: its affine differs from that of {t1_path}; register and resample it to T1")
+
+
+def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
+    """Labels 0 to 3 (uint8, any shape) from label values as iSeg has them (0, 10, 150, 250) or 0 to 3 as they are.
+
+    Raises:
+        InputError: another value occurs, or the two sets are mixed.
+    """
+    present = set(np.unique(values).tolist())
+    if present <= set(range(len(ISEG_VALUES))):
+        return values.astype(np.uint8)
+    if not present <= set(ISEG_VALUES):
+        unknown = sorted(present - set(ISEG_VALUES))
+        raise InputError(
+            f"{path}: label value {unknown[0]:g} isn't known; "
+            f"use {ISEG_VALUES} or 0, 1, 2, 3 for background, CSF, GM, WM"
+        )
+    return np.searchsorted(ISEG_VALUES, values).astype(np.uint8)
+
+
+def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTensor:
+    meta = {
+        MetaKeys.ORIGINAL_AFFINE: affine,
+        MetaKeys.SPATIAL_SHAPE: np.array(values.shape[1:]),
+        MetaKeys.SPACE: SpaceKeys.RAS,
+        "filename_or_obj": os.fspath(path),
+    }
+    return MetaTensor(torch.from_numpy(values), affine=torch.from_numpy(affine), meta=meta)
+
+
+class LoadSubjectd(Transform):
+    """Load the T1, T2 and label of a subject and check that they belong together.
+
+    Takes a dict with `image` ([T1 path, T2 path]) and, where there is one, `label` (a path). Gives, on the grid of
+    the T1 file and with its affine, a copy with:
+
+    - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk
+    - `t1`: float32 (1, X, Y, Z), the first channel once more, to be kept on its own grid
+    - `label`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is one
+
+    Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
+
+    Raises:
+        InputError: as `read_volume` and `tissue_labels`, or the volumes differ in grid, or T1 is nowhere above 0.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        t1_path, t2_path = data["image"]
+        t1, affine = read_volume(t1_path)
+        t2, t2_affine = read_volume(t2_path)
+        _require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
+        if not (t1 > 0).any():
+            raise InputError(f"{t1_path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")
+        loaded = dict(data)
+        loaded["image"] = _meta_tensor(np.stack([t1, t2]), affine, t1_path)
+        loaded["t1"] = _meta_tensor(t1[None], affine, t1_path)
+        if "label" in data:
+            label, label_affine = read_volume(data["label"])
+            _require_same_grid(data["label"], label, label_affine, t1_path, t1, affine)
+            loaded["label"] = _meta_tensor(tissue_labels(label, data["label"])[None], affine, data["label"])
+        return loaded
+
+
+class NormalizeByT1Maskd(MapTransform):
+    """Bring T1 and T2 to mean 0 and (population) standard deviation 1 over the voxels where T1 > 0.
+
+    Both channels are measured with the mask of T1, and every voxel is transformed, background included, as in both
+    published pipelines. Shapes: (2, X, Y, Z) -> (2, X, Y, Z), T1 first; no scale goes in, none comes out.
+
+    Raises:
+        InputError: a channel is constant where T1 > 0.
+    """
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        for key in self.key_iterator(result):
+            image = result[key]
+            channels = torch.as_tensor(image)
+            brain = channels[:, channels[0] > 0].double()
+            deviation, mean = torch.std_mean(brain, dim=1, correction=0)
+            for name, spread in zip(("T1", "T2"), deviation.tolist(), strict=True):
+                if spread == 0:
+                    raise InputError(f"{image.meta['filename_or_obj']}: {name} is constant inside the brain")
+            scale = tuple(value.to(channels.dtype)[:, None, None, None] for value in (mean, deviation))
+            result[key] = (image - scale[0]) / scale[1]
+        return result

@@ -1,0 +1,111 @@
+"""Files that are whole or not there: label images, tables and whatever else a command leaves behind."""
+
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+from ignite.engine import Engine, Events
+
+from scripts.transforms import ISEG_VALUES
+
+
+@contextmanager
+def whole_files(directory: str | Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `directory` when the block ends well, and vanish when it fails.
+
+    Files of those names that are there already are replaced. `directory` is made if need be.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".unfinished-", dir=directory) as temporary:
+        yield Path(temporary)
+        for path in sorted(Path(temporary).iterdir(), reverse=True):  # an .img before the .hdr that speaks of it
+            path.replace(directory / path.name)
+
+
+def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write rows of like keys as a CSV file with a header line."""
+    path = Path(path)
+    with whole_files(path.parent) as temporary, (temporary / path.name).open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_analyze(path: str | Path, values: np.ndarray, description: str = "") -> None:
+    """Write a volume as iSeg has it: SPM2 Analyze, 1 mm, LAS, with a fourth dimension of length 1.
+
+    Args:
+        path: the `.hdr`; the `.img` goes beside it. The folder must exist.
+        values: int16 or uint8 (X, Y, Z), axes to the left, to the front, to the top.
+        description: goes into the header's `descrip`, at most 79 characters.
+    """
+    image = nib.Spm2AnalyzeImage(values[..., None], None)
+    image.header.set_zooms((1.0, 1.0, 1.0, 1.0))
+    image.header["descrip"] = description.encode()
+    image.header["origin"][:3] = 1  # the first voxel, which makes the affine diag(-1, 1, 1, 1)
+    nib.save(image, path)
+
+
+def write_label(path: str | Path, label: np.ndarray, t1_path: str) -> None:
+    """Write tissue labels so that they open beside the T1: same shape (a fourth dimension included) and affine.
+
+    Args:
+        path: `.nii.gz` or `.nii` for values 0 to 3, `.hdr` for an Analyze pair with iSeg's 0, 10, 150, 250.
+        label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, on the grid of the T1 file.
+        t1_path: the T1 file.
+    """
+    path = Path(path)
+    t1 = nib.load(t1_path)
+    label = label.reshape(t1.shape)
+    if path.suffix == ".hdr":
+        values = np.array(ISEG_VALUES, dtype=np.uint8)[label]
+        header = t1.header if isinstance(t1, nib.Spm2AnalyzeImage) else None
+        header_says_it = header is not None and np.allclose(header.get_best_affine(), t1.affine)
+        # given an affine, nibabel writes a .mat file beside the pair
+        image = nib.Spm2AnalyzeImage(values, None if header_says_it else t1.affine, header)
+        image.set_data_dtype(np.uint8)
+    else:
+        image = nib.Nifti1Image(label, t1.affine)
+        image.header.set_xyzt_units("mm")
+    with whole_files(path.parent) as temporary:
+        nib.save(image, temporary / path.name)
+
+
+def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
+    """What an evaluator has at hand of each subject of its present batch, for handlers at ITERATION_COMPLETED.
+
+    Yields:
+        A dict with `subject` (id), `t1` (intensities), `pred` and, where there is one, `label` (0 background, 1 CSF,
+        2 GM, 3 WM), the three as MetaTensor (1, X, Y, Z) on the grid of the T1 file.
+    """
+    for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
+        yield {**batch, **output}
+
+
+class LabelSaver:
+    """Handler that writes each segmented subject as `subject-<id>-label`.
+
+    Args:
+        output_dir: the folder to write to.
+        suffix: '.nii.gz' or '.nii' for NIfTI with labels 0 to 3, '.hdr' for Analyze pairs with iSeg's values.
+    """
+
+    def __init__(self, output_dir: str, suffix: str = ".nii.gz") -> None:
+        if suffix not in (".nii.gz", ".nii", ".hdr"):
+            raise ValueError(f"suffix must be '.nii.gz', '.nii' or '.hdr', got {suffix!r}")
+        self.output_dir = Path(output_dir)
+        self.suffix = suffix
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.save)
+
+    def save(self, engine: Engine) -> None:
+        for item in segmented_subjects(engine):
+            path = self.output_dir / f"subject-{item['subject']}-label{self.suffix}"
+            write_label(path, item["pred"][0].cpu().numpy(), item["t1"].meta["filename_or_obj"])

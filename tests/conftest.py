@@ -1,0 +1,101 @@
+"""A small dataset in iSeg's layout, and the bundle's commands as a person runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import nibabel as nib
+import numpy as np
+import pytest
+from scipy.ndimage import zoom
+
+from scripts.phantom import label_map
+from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.transforms import ISEG_VALUES
+from scripts.writers import write_analyze
+
+matplotlib.use("Agg")
+
+ROOT = Path(__file__).parents[1]
+# a training of seconds on the small dataset
+QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--patch_size", "[32,32,32]"]
+
+
+def bundle(*arguments: str, cwd: Path = ROOT, module: str = "monai.bundle") -> subprocess.CompletedProcess:
+    """Run `python -m monai.bundle ARGUMENTS` (or another module) as a person would, from any folder."""
+    environment = os.environ | {"PYTHONPATH": ""}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", module, *arguments],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def last_line(result: subprocess.CompletedProcess) -> str:
+    return result.stderr.strip().splitlines()[-1]
+
+
+def save_volume(path: Path, values: np.ndarray, affine: np.ndarray | None = None) -> None:
+    """Write int16 or uint8 values in the format that the suffix names; Analyze as iSeg has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".hdr":
+        write_analyze(path, values)
+    else:
+        nib.save(nib.Nifti1Image(values, np.diag([-1.0, 1, 1, 1]) if affine is None else affine), path)
+
+
+def small_brain(number: int) -> dict[str, np.ndarray]:
+    """Label (0 to 3), T1 and T2 of a phantom shrunk to 0.4: 60 x 72 x 64 voxels."""
+    rng = np.random.default_rng([7, number])
+    # the middle of the volume, where the brain lies
+    label = zoom(label_map(rng)[:, 8:-8, 60:-60], 0.4, order=0)
+    label = np.pad(label, [(0, max(0, size - n)) for size, n in zip((60, 72, 64), label.shape, strict=True)])
+    return {
+        "label": label,
+        "T1": six_month_image(label, T1_CONTRAST, rng),
+        "T2": six_month_image(label, T2_CONTRAST, rng),
+    }
+
+
+def save_subject(
+    directory: Path, subject: str, brain: dict[str, np.ndarray], labeled: bool = True, suffix: str = ".hdr"
+) -> None:
+    """Write a subject as iSeg names it."""
+    for kind in ("T1", "T2"):
+        save_volume(directory / f"subject-{subject}-{kind}{suffix}", brain[kind])
+    if labeled:
+        label = np.array(ISEG_VALUES, dtype=np.uint8)[brain["label"]]
+        save_volume(directory / f"subject-{subject}-label{suffix}", label)
+
+
+@pytest.fixture(scope="session")
+def brains() -> list[dict[str, np.ndarray]]:
+    return [small_brain(number) for number in range(2)]
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory, brains: list[dict[str, np.ndarray]]) -> Path:
+    """Labelled subjects 1, 2 and 9, unlabelled 11. To be read only."""
+    directory = tmp_path_factory.mktemp("dataset")
+    for subject, brain, labeled in (("1", 0, True), ("2", 1, True), ("9", 0, True), ("11", 1, False)):
+        save_subject(directory, subject, brains[brain], labeled)
+    return directory
+
+
+@pytest.fixture
+def own_dataset(tmp_path: Path, brains: list[dict[str, np.ndarray]]) -> Callable[..., Path]:
+    """A dataset of the test's own, to be damaged: labelled 1 and 9, unlabelled 11."""
+
+    def make(suffix: str = ".hdr") -> Path:
+        directory = tmp_path / "dataset"
+        for subject, labeled in (("1", True), ("9", True), ("11", False)):
+            save_subject(directory, subject, brains[0], labeled, suffix)
+        return directory
+
+    return make

@@ -1,0 +1,323 @@
+"""The bundle's commands as a person runs them: real processes on real files."""
+
+import csv
+import json
+import os
+import shutil
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
+
+from scripts.metrics import tissue_scores
+from scripts.network import SkipDenseSeg
+from scripts.transforms import tissue_labels
+
+EVALUATE = "['configs/train.json','configs/evaluate.json']"
+
+
+def train(dataset: Path, output: Path, *arguments: str, cwd: Path = ROOT):
+    return bundle(
+        *("run", "training", "--config_file", "configs/train.json"),
+        *("--dataset_dir", str(dataset), "--output_dir", str(output), "--ckpt_dir", str(output)),
+        *QUICK,
+        *arguments,
+        cwd=cwd,
+    )
+
+
+def evaluate(dataset: Path, output: Path, *arguments: str):
+    return bundle(
+        *("run", "evaluating", "--config_file", EVALUATE),
+        *("--dataset_dir", str(dataset), "--output_dir", str(output), *arguments),
+    )
+
+
+def segment(dataset: Path, output: Path, *arguments: str):
+    return bundle(
+        *("run", "--config_file", "configs/inference.json"),
+        *("--dataset_dir", str(dataset), "--output_dir", str(output), *arguments),
+    )
+
+
+def read_table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def trained(dataset, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("trained")
+    result = train(dataset, output, "--epochs", "2")
+    assert result.returncode == 0, result.stderr
+    assert f"best network: {output}/model.pt" in result.stdout
+    return output
+
+
+@pytest.fixture(scope="module")
+def segmented(dataset, tmp_path_factory) -> Path:
+    """Segmentations of subjects 9 (labelled) and 11 with the weights that the bundle includes."""
+    output = tmp_path_factory.mktemp("segmented")
+    result = segment(dataset, output, "--subjects", "[9,11]")
+    assert result.returncode == 0, result.stderr
+    assert str(output) in result.stdout
+    return output
+
+
+def test_training_leaves_the_best_network_the_last_epoch_and_a_log(trained):
+    SkipDenseSeg().load_state_dict(torch.load(trained / "model.pt", weights_only=True))
+    last = torch.load(trained / "checkpoint_epoch=2.pt", weights_only=True)
+    assert set(last) == {"model", "optimizer", "lr_scheduler"}
+    assert [path.name for path in trained.glob("checkpoint*")] == ["checkpoint_epoch=2.pt"]
+    assert list(trained.glob("events.out.tfevents*"))
+
+
+def test_training_again_keeps_the_earlier_weights(dataset, trained, tmp_path):
+    shutil.copy(trained / "model.pt", tmp_path)
+    result = train(dataset, tmp_path)
+    assert result.returncode == 0, result.stderr
+    earlier = [path for path in tmp_path.glob("model-*.pt")]
+    assert [path.read_bytes() for path in earlier] == [(trained / "model.pt").read_bytes()]
+    assert str(earlier[0]) in result.stdout
+
+
+def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tmp_path):
+    result = evaluate(dataset, tmp_path)
+    assert result.returncode == 0, result.stderr
+    rows = read_table(tmp_path / "metrics.csv")
+    names = [
+        f"{score}_{tissue}" for score in ("dice", "hd95", "hd_max", "asd") for tissue in ("csf", "gm", "wm", "mean")
+    ]
+    assert list(rows[0]) == ["subject", *names]
+    assert [row["subject"] for row in rows] == ["9"]
+    percent = [f"{100 * float(rows[0][f'dice_{tissue}']):.2f}" for tissue in ("csf", "gm", "wm", "mean")]
+    assert "| Subject | CSF | GM | WM | Average |" in result.stdout
+    assert f"| 9 | {' | '.join(percent)} |" in result.stdout
+    assert (tmp_path / "subject-9.png").stat().st_size > 10_000
+
+
+def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, segmented, tmp_path):
+    assert evaluate(dataset, tmp_path).returncode == 0
+    row = read_table(tmp_path / "metrics.csv")[0]
+    label, segmentation = (
+        tissue_labels(np.asarray(nib.load(path).dataobj).astype(np.float32), str(path))[None, ..., 0]
+        for path in (dataset / "subject-9-label.hdr", segmented / "subject-9-label.nii.gz")
+    )
+    expected = tissue_scores(torch.from_numpy(segmentation), torch.from_numpy(label), (1, 1, 1))
+    assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
+
+
+def test_segmentation_opens_beside_the_t1(dataset, segmented):
+    for subject in ("9", "11"):
+        t1 = nib.load(dataset / f"subject-{subject}-T1.hdr")
+        label = nib.load(segmented / f"subject-{subject}-label.nii.gz")
+        assert label.shape == t1.shape
+        np.testing.assert_array_equal(label.affine, t1.affine)
+        values = np.asarray(label.dataobj)
+        assert values.dtype == np.uint8
+        assert set(np.unique(values)) <= {0, 1, 2, 3}
+        assert not values[np.asarray(t1.dataobj) == 0].any()
+        assert (segmented / f"subject-{subject}.png").stat().st_size > 10_000
+
+
+def test_volumes_are_those_of_the_segmentation(segmented):
+    rows = read_table(segmented / "volumes.csv")
+    assert [row["subject"] for row in rows] == ["9", "11"]
+    for row in rows:
+        values = np.asarray(nib.load(segmented / f"subject-{row['subject']}-label.nii.gz").dataobj)
+        counts = {"csf_ml": 1, "gm_ml": 2, "wm_ml": 3}
+        for name, value in counts.items():
+            assert float(row[name]) == pytest.approx(np.count_nonzero(values == value) / 1000)
+        assert float(row["brain_ml"]) == pytest.approx(np.count_nonzero(values) / 1000)
+
+
+def test_unlabelled_subjects_are_segmented_by_default_also_as_analyze(dataset, tmp_path):
+    result = segment(dataset, tmp_path, "--label_suffix", ".hdr")
+    assert result.returncode == 0, result.stderr
+    names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11.png", "volumes.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert set(np.unique(np.asarray(nib.load(tmp_path / "subject-11-label.hdr").dataobj))) <= {0, 10, 150, 250}
+
+
+def test_other_grids_come_back_right(dataset, segmented, brains, tmp_path):
+    """The same brain stored with turned axes gives the same labels; with other voxels it gives nearly the same."""
+    data = tmp_path / "data"
+    size = brains[0]["T1"].shape[0]
+    turned_affine = np.array([[0, 0, 1, 1 - size], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    for kind in ("T1", "T2"):
+        values = brains[0][kind]
+        save_volume(data / f"subject-1-{kind}.nii.gz", values[::-1].transpose(2, 1, 0), turned_affine)
+        doubled = np.repeat(values, 2, axis=2)
+        save_volume(data / f"subject-2-{kind}.nii.gz", doubled, np.diag([-1, 1, 0.5, 1]))
+    result = segment(data, tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    expected = np.asarray(nib.load(segmented / "subject-9-label.nii.gz").dataobj)[..., 0]
+    turned = nib.load(tmp_path / "out" / "subject-1-label.nii.gz")
+    np.testing.assert_array_equal(turned.affine, turned_affine)
+    np.testing.assert_array_equal(np.asarray(turned.dataobj).transpose(2, 1, 0)[::-1], expected)
+    finer = nib.load(tmp_path / "out" / "subject-2-label.nii.gz")
+    assert finer.shape == (*expected.shape[:2], 2 * expected.shape[2])
+    np.testing.assert_array_equal(finer.affine, np.diag([-1, 1, 0.5, 1]))
+    brain = expected > 0
+    assert np.mean(np.asarray(finer.dataobj)[..., ::2][brain] == expected[brain]) > 0.9
+
+
+def test_subjects_of_differing_shapes_and_formats_in_one_folder(brains, tmp_path):
+    data = tmp_path / "data"
+    for subject, suffix, cut in (("1", ".hdr", 0), ("2", ".nii.gz", 4), ("9", ".nii", 8), ("11", ".hdr", 2)):
+        brain = {kind: np.pad(values, ((0, 0), (cut, 0), (0, cut))) for kind, values in brains[0].items()}
+        save_subject(data, subject, brain, labeled=subject != "11", suffix=suffix)
+    (data / "__MACOSX").mkdir()
+    (data / "__MACOSX" / "._subject-3-T1.hdr").write_bytes(b"\0")
+    assert train(data, tmp_path / "out", "--batch_size", "2").returncode == 0
+    result = segment(data, tmp_path / "out", "--ckpt_dir", str(tmp_path / "out"))
+    assert result.returncode == 0, result.stderr
+    assert nib.load(tmp_path / "out" / "subject-11-label.nii.gz").shape == (60, 74, 66, 1)
+
+
+def test_both_command_styles_from_another_directory(dataset, tmp_path):
+    configs = [str(ROOT / "configs" / name) for name in ("train.json", "evaluate.json", "inference.json")]
+    root = ["--bundle_root", str(ROOT), "--dataset_dir", str(dataset)]
+    result = bundle(
+        *("run", "--config_file", configs[0], *root, "--output_dir", "out", "--ckpt_dir", "out", *QUICK), cwd=tmp_path
+    )
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out" / "model.pt").exists()
+    (tmp_path / "args.json").write_text(json.dumps({"config_file": configs[:2]}))
+    result = bundle("run", "--args_file", "args.json", *root, "--output_dir", "scores", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "scores" / "metrics.csv").exists()
+    result = bundle("run", "--config_file", configs[2], *root, "--output_dir", "labels", cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "labels" / "subject-11-label.nii.gz").exists()
+
+
+def nothing_written(output: Path) -> bool:
+    return not output.exists() or not any(output.iterdir())
+
+
+def assert_refused(result, output: Path, *words: str) -> None:
+    assert result.returncode not in (0, None)
+    message = last_line(result)
+    assert message.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in message, message
+    assert nothing_written(output)
+
+
+def test_misspelt_override(dataset, tmp_path):
+    output = tmp_path / "out"
+    assert_refused(train(dataset, output, "--epocs", "1"), output, "--epocs", "did you mean --epochs?")
+
+
+@pytest.mark.parametrize("command", [train, evaluate, segment])
+def test_folder_without_subjects(tmp_path, command):
+    (tmp_path / "data").mkdir()
+    output = tmp_path / "out"
+    assert_refused(command(tmp_path / "data", output), output, str(tmp_path / "data"), "subject-<id>-T1")
+
+
+def remove_t2(data: Path) -> str:
+    (data / "subject-1-T2.hdr").unlink()
+    (data / "subject-1-T2.img").unlink()
+    return "subject-1-T1.hdr: subject 1 has no T2"
+
+
+def other_shape(data: Path) -> str:
+    save_volume(data / "subject-1-T2.hdr", np.ones((60, 72, 60), np.int16))
+    return "subject-1-T2.hdr: shape (60, 72, 60) differs"
+
+
+def other_label_shape(data: Path) -> str:
+    save_volume(data / "subject-1-label.hdr", np.zeros((60, 72, 60), np.uint8))
+    return "subject-1-label.hdr: shape (60, 72, 60) differs"
+
+
+def empty_foreground(data: Path) -> str:
+    save_volume(data / "subject-1-T1.hdr", np.zeros((60, 72, 64), np.int16))
+    return "subject-1-T1.hdr: T1 is nowhere above 0"
+
+
+def not_a_number(data: Path) -> str:
+    for half in ("hdr", "img"):
+        (data / f"subject-1-T1.{half}").unlink()
+    values = np.ones((60, 72, 64), np.float32)
+    values[3, 4, 5] = np.nan
+    save_volume(data / "subject-1-T1.nii", values)
+    return "subject-1-T1.nii: has NaN or infinite values"
+
+
+def unknown_label_value(data: Path) -> str:
+    values = np.zeros((60, 72, 64), np.uint8)
+    values[30, 30, 30] = 100
+    save_volume(data / "subject-1-label.hdr", values)
+    return "subject-1-label.hdr: label value 100 isn't known"
+
+
+def truncated_image(data: Path) -> str:
+    os.truncate(data / "subject-1-T1.img", 1000)
+    return "subject-1-T1.hdr: can't be read"
+
+
+def header_without_image(data: Path) -> str:
+    (data / "subject-1-label.img").unlink()
+    return "subject-1-label.hdr: its image subject-1-label.img is missing"
+
+
+DAMAGES = [
+    *(remove_t2, other_shape, other_label_shape, empty_foreground, not_a_number),
+    *(unknown_label_value, truncated_image, header_without_image),
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_subject(own_dataset, tmp_path, damage):
+    data = own_dataset()
+    message = damage(data)
+    output = tmp_path / "out"
+    assert_refused(train(data, output), output, message)
+
+
+@pytest.mark.parametrize("damage", [truncated_image, empty_foreground])
+def test_damaged_subject_when_segmenting(own_dataset, tmp_path, damage):
+    data = own_dataset()
+    message = damage(data)
+    output = tmp_path / "out"
+    assert_refused(segment(data, output, "--subjects", "[1]"), output, message)
+
+
+def test_damaged_subject_when_evaluating(own_dataset, tmp_path):
+    data = own_dataset()
+    message = unknown_label_value(data)
+    output = tmp_path / "out"
+    assert_refused(evaluate(data, output, "--val_subjects", "[1]"), output, message)
+
+
+@pytest.mark.parametrize("command", [evaluate, segment])
+def test_checkpoint_of_another_architecture(dataset, tmp_path, command):
+    torch.save(SkipDenseSeg(growth_rate=8).state_dict(), tmp_path / "model.pt")
+    output = tmp_path / "out"
+    result = command(dataset, output, "--ckpt_dir", str(tmp_path))
+    assert_refused(result, output, f"{tmp_path}/model.pt: a checkpoint of another network")
+
+
+def test_missing_checkpoint(dataset, tmp_path):
+    output = tmp_path / "out"
+    result = segment(dataset, output, "--ckpt_dir", str(tmp_path))
+    assert_refused(result, output, f"{tmp_path}/model.pt: no such checkpoint")
+
+
+def test_validation_subject_that_does_not_exist(dataset, tmp_path):
+    output = tmp_path / "out"
+    result = train(dataset, output, "--val_subjects", "[99]")
+    assert_refused(result, output, "val_subjects names subject 99", "choose from 1, 2, 9, 11")
+
+
+def test_no_training_subject_left(dataset, tmp_path):
+    output = tmp_path / "out"
+    result = train(dataset, output, "--val_subjects", "[1,2,9]")
+    assert_refused(result, output, str(dataset), "no subject left to train among 4, 3 of them labelled")

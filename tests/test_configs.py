@@ -1,0 +1,123 @@
+"""What the configs say: one truth for each thing, and what MONAI and its model zoo ask of a bundle."""
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from monai.bundle import ConfigParser, ConfigWorkflow, ckpt_export, verify_metadata, verify_net_in_out
+
+from scripts.network import SkipDenseSeg
+
+CONFIGS = ROOT / "configs"
+SCHEMA = ROOT.parent / "shared" / "meta_schema_20240725.json"
+SCHEMA_MD5 = "06954cad2cc5d3784e72077ac76f0fc8"
+
+
+def load(name: str) -> dict:
+    return json.loads((CONFIGS / f"{name}.json").read_text())
+
+
+def test_what_stands_in_train_and_inference_is_the_same():
+    train, inference = load("train"), load("inference")
+    for name in set(train) & set(inference) - {"run", "initialize"}:
+        assert inference[name] == train[name], name
+    assert inference["initialize"] == train["initialize"]
+    assert inference["preprocessing"]["transforms"] == train["train"]["deterministic_transforms"]
+    assert inference["inferer"] == train["validate"]["inferer"]
+    ours, theirs = (c["postprocessing"]["transforms"] for c in (inference, train["validate"]))
+    assert ours[0].pop("transform") == "@preprocessing"
+    assert theirs[0].pop("transform") == "@validate#preprocessing"
+    assert ours == theirs
+
+
+def test_network_def_is_the_default_network():
+    arguments = load("train")["network_def"]
+    arguments.pop("_target_")
+    network, default = SkipDenseSeg(**arguments), SkipDenseSeg()
+    shapes = [{name: t.shape for name, t in n.state_dict().items()} for n in (network, default)]
+    assert shapes[0] == shapes[1]
+
+
+def test_versions_are_those_that_are_pinned():
+    metadata = load("metadata")
+    pinned = dict(
+        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"
+    )
+    stated = metadata["required_packages_version"] | {
+        "monai": metadata["monai_version"],
+        "torch": metadata["pytorch_version"],
+        "numpy": metadata["numpy_version"],
+    }
+    assert stated == pinned
+    assert metadata["version"] in metadata["changelog"]
+
+
+def test_top_level_metadata_is_a_link():
+    assert (ROOT / "metadata.json").is_symlink()
+    assert (ROOT / "metadata.json").resolve() == (CONFIGS / "metadata.json").resolve()
+
+
+@pytest.mark.parametrize(("config", "kind"), [("train", "train"), ("inference", "infer")])
+def test_properties_that_monai_requires(config, kind, dataset, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pytest"])
+    workflow = ConfigWorkflow(
+        str(CONFIGS / f"{config}.json"), workflow_type=kind, dataset_dir=str(dataset), bundle_root=str(ROOT)
+    )
+    workflow.initialize()
+    assert workflow.check_properties() == []
+
+
+def test_metadata_follows_the_official_schema(tmp_path):
+    if not SCHEMA.exists():
+        pytest.skip("the schema isn't at hand, and tests don't download")
+    shutil.copy(SCHEMA, tmp_path / "schema.json")
+    verify_metadata(str(CONFIGS / "metadata.json"), filepath=tmp_path / "schema.json", hash_val=SCHEMA_MD5)
+
+
+def test_network_takes_and_gives_what_metadata_says():
+    for n in (4, 8):
+        verify_net_in_out(
+            "network_def",
+            meta_file=str(CONFIGS / "metadata.json"),
+            config_file=str(CONFIGS / "inference.json"),
+            device="cpu",
+            n=n,
+        )
+
+
+def test_torchscript_export_gives_the_logits_of_the_weights(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates TorchScript as a whole
+        ckpt_export(
+            "network_def",
+            filepath=str(tmp_path / "model.ts"),
+            ckpt_file=str(ROOT / "models" / "model.pt"),
+            meta_file=str(CONFIGS / "metadata.json"),
+            config_file=str(CONFIGS / "inference.json"),
+        )
+        exported = torch.jit.load(tmp_path / "model.ts")
+    network = SkipDenseSeg().eval()
+    network.load_state_dict(torch.load(ROOT / "models" / "model.pt", weights_only=True))
+    image = torch.randn(1, 2, 32, 24, 40)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.eval()(image), network(image))
+
+
+def test_every_expression_parses_with_no_dataset_present(tmp_path):
+    """MONAI Label evaluates all of train.json before it brings its own data."""
+    parser = ConfigParser()
+    parser.read_config(CONFIGS / "train.json")
+    parser["bundle_root"] = str(tmp_path)
+    parser.parse()
+    assert parser.get_parsed_content("train#dataset#data") == []
+    assert parser.get_parsed_content("validate#dataset#data") == []
+
+
+def test_no_path_of_this_machine_in_the_configs():
+    for path in CONFIGS.iterdir():
+        assert str(Path.home()) not in path.read_text()
+        assert "cuda:0" not in path.read_text()

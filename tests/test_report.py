@@ -1,0 +1,64 @@
+import matplotlib.colors
+import numpy as np
+import torch
+from monai.data import MetaTensor
+
+from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, segmentation_picture
+
+
+def pixels(figure) -> np.ndarray:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3] / 255
+
+
+def volumes(affine: np.ndarray) -> list[MetaTensor]:
+    """T1 that brightens towards the front and the top, and a segmentation in three layers along x."""
+    y, z = np.meshgrid(np.arange(1, 31), np.arange(1, 41), indexing="ij")
+    t1 = np.broadcast_to(y * 10 + z, (20, 30, 40))
+    label = np.broadcast_to(np.repeat([1, 2, 3], [6, 8, 6])[:, None, None], t1.shape)
+    return [
+        MetaTensor(torch.from_numpy(v[None].astype(np.float32)), affine=torch.from_numpy(affine)) for v in (t1, label)
+    ]
+
+
+def test_each_tissue_has_its_colour_and_a_disagreement_is_red():
+    t1, label = volumes(np.eye(4))
+    prediction = label.clone()
+    prediction[0, :, :, 22:] = 1
+    figure = segmentation_picture(t1, prediction, label, "subject 9")
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["T1", "segmentation", "label", "disagreement"]
+    assert figure.get_suptitle() == "subject 9"
+    image = pixels(figure)
+    red = np.array(matplotlib.colors.to_rgb(DISAGREEMENT_COLOR))
+    assert (np.abs(image - red).max(axis=-1) < 0.02).any()
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(TISSUE_COLORS)
+
+
+def test_without_a_label_nothing_is_compared():
+    t1, label = volumes(np.eye(4))
+    titles = [axis.get_title() for axis in segmentation_picture(t1, label).axes if axis.get_title()]
+    assert titles == ["T1", "segmentation"]
+
+
+def test_same_picture_whatever_the_order_of_the_axes_on_disk():
+    t1, label = volumes(np.eye(4))
+    expected = pixels(segmentation_picture(t1, label))
+    # the same brain stored as (z, y flipped, x)
+    turned = [
+        MetaTensor(
+            torch.flip(v.as_tensor().permute(0, 3, 2, 1), dims=[2]),
+            affine=torch.tensor([[0, 0, 1, 0], [0, -1, 0, 29], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.float64),
+        )
+        for v in (t1, label)
+    ]
+    np.testing.assert_array_equal(pixels(segmentation_picture(*turned)), expected)
+
+
+def test_voxels_that_are_not_cubes_keep_the_shape_of_the_brain():
+    t1, label = volumes(np.diag([1.0, 1.0, 2.0, 1.0]))
+    axes = segmentation_picture(t1, label).axes
+    assert [axis.get_aspect() for axis in axes[::2]] == [1.0, 2.0, 2.0]

@@ -1,0 +1,115 @@
+from pathlib import Path
+
+import pytest
+
+from scripts.errors import InputError
+from scripts.subjects import (
+    find_subjects,
+    require_subjects,
+    subjects_to_segment,
+    training_subjects,
+    validation_subjects,
+)
+
+
+def touch(directory: Path, *names: str) -> Path:
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return directory
+
+
+def analyze(stem: str) -> list[str]:
+    return [f"{stem}.hdr", f"{stem}.img"]
+
+
+def ids(subjects) -> list[str]:
+    return [subject["subject"] for subject in subjects]
+
+
+def test_both_namings_and_all_suffixes_in_one_folder(tmp_path):
+    touch(tmp_path, *analyze("subject-10-T1"), "subject-10-T2.nii", "subject-10-label.nii.gz")
+    touch(tmp_path, "subject-9-t1.nii.gz", *analyze("subject-9-t2"), *analyze("subject-9-label"))
+    touch(tmp_path, "iSeg-2019-Validation/subject-40-T1.nii", "iSeg-2019-Validation/subject-40-T2.nii", "notes.txt")
+    assert find_subjects(str(tmp_path)) == [
+        {
+            "subject": "9",
+            "image": [str(tmp_path / "subject-9-t1.nii.gz"), str(tmp_path / "subject-9-t2.hdr")],
+            "label": str(tmp_path / "subject-9-label.hdr"),
+        },
+        {
+            "subject": "10",
+            "image": [str(tmp_path / "subject-10-T1.hdr"), str(tmp_path / "subject-10-T2.nii")],
+            "label": str(tmp_path / "subject-10-label.nii.gz"),
+        },
+        {
+            "subject": "40",
+            "image": [str(tmp_path / f"iSeg-2019-Validation/subject-40-T{i}.nii") for i in (1, 2)],
+        },
+    ]
+
+
+def test_leftovers_of_a_mac_are_passed_over(tmp_path):
+    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
+    touch(tmp_path, "__MACOSX/subject-2-T1.hdr", "._subject-1-T1.hdr", ".hidden/subject-3-T1.nii")
+    touch(tmp_path, "__MACOSX/iSeg/._subject-1-label.hdr")
+    assert ids(find_subjects(str(tmp_path))) == ["1"]
+
+
+def test_folder_that_is_itself_hidden(tmp_path):
+    touch(tmp_path / ".cache", "subject-1-T1.nii", "subject-1-T2.nii")
+    assert ids(find_subjects(str(tmp_path / ".cache"))) == ["1"]
+
+
+def test_split(tmp_path):
+    for subject in (1, 2, 9, 10):
+        touch(tmp_path, *(f"subject-{subject}-{kind}.nii" for kind in ("T1", "T2", "label")))
+    touch(tmp_path, "subject-11-T1.nii", "subject-11-T2.nii")
+    root = str(tmp_path)
+    assert ids(training_subjects(root, [9])) == ["1", "2", "10"]
+    assert ids(validation_subjects(root, [9, "1"])) == ["9", "1"]
+    assert ids(subjects_to_segment(root, None)) == ["11"]
+    assert ids(subjects_to_segment(root, [11, 2])) == ["11", "2"]
+
+
+def test_absent_folder_has_no_subjects(tmp_path):
+    absent = str(tmp_path / "absent")
+    assert training_subjects(absent, [9]) == validation_subjects(absent, [9]) == subjects_to_segment(absent, [1]) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["subject-1-T1.nii"], r"subject-1-T1.nii: subject 1 has no T2; put subject-1-T2 beside it"),
+        (["subject-1-T2.nii"], r"subject 1 has no T1"),
+        (["subject-1-label.nii"], r"subject 1 has no T1"),
+        (["subject-1-T1.hdr"], r"subject-1-T1.hdr: its image subject-1-T1.img is missing"),
+        (["subject-1-T1.img"], r"subject-1-T1.img: its header subject-1-T1.hdr is missing"),
+        ([*analyze("subject-1-T1"), "subject-1-T1.nii.gz"], r"subject 1 has .*subject-1-T1.hdr as well; keep one"),
+        (["a/subject-1-T1.nii", "b/subject-1-T1.nii"], r"keep one of the two"),
+    ],
+)
+def test_incomplete_or_ambiguous_subjects_are_refused(tmp_path, names, message):
+    with pytest.raises(InputError, match=message):
+        find_subjects(str(touch(tmp_path, *names)))
+
+
+def test_ids_that_are_not_there(tmp_path):
+    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
+    with pytest.raises(InputError, match="val_subjects names subject 9, which isn't there; choose from 1"):
+        validation_subjects(str(tmp_path), [9])
+    with pytest.raises(InputError, match="val_subjects names subject 1, which has no label"):
+        validation_subjects(str(tmp_path), [1])
+    with pytest.raises(InputError, match="subjects names subject 2"):
+        subjects_to_segment(str(tmp_path), [2])
+
+
+def test_nothing_to_work_on(tmp_path):
+    with pytest.raises(InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.hdr/\.img, \.nii"):
+        require_subjects([], str(tmp_path), "train")
+    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
+    with pytest.raises(InputError, match="no subject left to train among 1, 0 of them labelled"):
+        require_subjects([], str(tmp_path), "train")
+    with pytest.raises(InputError, match="val_subjects names none"):
+        require_subjects([], str(tmp_path), "validate")

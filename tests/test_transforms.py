@@ -1,0 +1,132 @@
+import numpy as np
+import pytest
+import torch
+from conftest import save_subject, save_volume
+from monai.data import CacheDataset, DataLoader, Dataset
+
+from scripts.errors import InputError
+from scripts.subjects import find_subjects
+from scripts.transforms import LoadSubjectd, NormalizeByT1Maskd, read_volume, tissue_labels
+
+RNG = np.random.default_rng(0)
+VALUES = RNG.integers(0, 900, (5, 6, 7)).astype(np.int16)
+
+
+def subject_of(directory, **volumes) -> dict:
+    for kind, values in volumes.items():
+        save_volume(directory / f"subject-1-{kind}.nii.gz", values)
+    return find_subjects(str(directory))[0]
+
+
+@pytest.mark.parametrize("suffix", [".hdr", ".nii", ".nii.gz"])
+def test_every_format_gives_the_values_and_the_grid_on_disk(tmp_path, suffix):
+    path = tmp_path / f"volume{suffix}"
+    save_volume(path, VALUES)
+    values, affine = read_volume(str(path))
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, VALUES)
+    np.testing.assert_array_equal(affine, np.diag([-1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers(tmp_path, bad):
+    values = VALUES.astype(np.float32)
+    values[1, 2, 3] = bad
+    save_volume(tmp_path / "volume.nii", values)
+    with pytest.raises(InputError, match=r"volume.nii: has NaN or infinite values"):
+        read_volume(str(tmp_path / "volume.nii"))
+
+
+@pytest.mark.parametrize("name", ["volume.img", "volume.nii", "volume.nii.gz"])
+def test_truncated_file(tmp_path, name):
+    path = tmp_path / name
+    save_volume(path.with_suffix(".hdr") if name.endswith(".img") else path, VALUES)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"volume\S*: can't be read \(.*\); copy or convert the file again"):
+        read_volume(str(path.with_suffix(".hdr") if name.endswith(".img") else path))
+
+
+def test_volume_with_a_real_fourth_dimension(tmp_path):
+    save_volume(tmp_path / "volume.nii", np.zeros((4, 4, 4, 2), np.int16))
+    with pytest.raises(InputError, match=r"shape \(4, 4, 4, 2\) isn't a 3-D volume"):
+        read_volume(str(tmp_path / "volume.nii"))
+
+
+def test_label_values():
+    iseg = np.array([0, 10, 150, 250, 10])
+    np.testing.assert_array_equal(tissue_labels(iseg, "x"), [0, 1, 2, 3, 1])
+    np.testing.assert_array_equal(tissue_labels(np.array([3, 0, 1]), "x"), [3, 0, 1])
+    for values in ([0, 10, 7], [0, 1, 10], [0.5], [-1], [4]):
+        with pytest.raises(InputError, match=r"x: label value \S+ isn't known"):
+            tissue_labels(np.array(values), "x")
+
+
+def test_loaded_subject(tmp_path):
+    label = np.array([0, 10, 150, 250], np.uint8)[RNG.integers(0, 4, VALUES.shape)]
+    loaded = LoadSubjectd()(subject_of(tmp_path, T1=VALUES, T2=VALUES + 7, label=label))
+    np.testing.assert_array_equal(loaded["image"], np.stack([VALUES, VALUES + 7]))
+    np.testing.assert_array_equal(loaded["t1"], VALUES[None])
+    np.testing.assert_array_equal(loaded["label"], np.searchsorted([0, 10, 150, 250], label)[None])
+    assert loaded["subject"] == "1"
+    assert loaded["image"].affine.diag().tolist() == [-1, 1, 1, 1]
+
+
+def test_volumes_that_do_not_belong_together(tmp_path):
+    subject = subject_of(tmp_path / "shape", T1=VALUES, T2=VALUES[1:])
+    with pytest.raises(InputError, match=r"T2.nii.gz: shape \(4, 6, 7\) differs from \(5, 6, 7\) of .*T1"):
+        LoadSubjectd()(subject)
+    subject = subject_of(tmp_path / "label", T1=VALUES, T2=VALUES, label=np.zeros((5, 6, 8), np.uint8))
+    with pytest.raises(InputError, match=r"label.nii.gz: shape \(5, 6, 8\) differs"):
+        LoadSubjectd()(subject)
+    subject = subject_of(tmp_path / "affine", T1=VALUES, T2=VALUES)
+    save_volume(tmp_path / "affine" / "subject-1-T2.nii.gz", VALUES, np.diag([-1.0, 1, 1.2, 1]))
+    with pytest.raises(InputError, match=r"T2.nii.gz: its affine differs"):
+        LoadSubjectd()(subject)
+
+
+def test_empty_foreground(tmp_path):
+    with pytest.raises(InputError, match=r"T1.nii.gz: T1 is nowhere above 0"):
+        LoadSubjectd()(subject_of(tmp_path, T1=VALUES * 0, T2=VALUES))
+
+
+def test_published_normalisation(tmp_path):
+    t1 = np.where(RNG.random(VALUES.shape) > 0.4, VALUES, 0).astype(np.int16)
+    loaded = NormalizeByT1Maskd("image")(LoadSubjectd()(subject_of(tmp_path, T1=t1, T2=VALUES)))
+    for channel, values in zip(loaded["image"].numpy(), (t1, VALUES), strict=True):
+        brain = values[t1 > 0].astype(np.float64)
+        np.testing.assert_allclose(channel, (values - brain.mean()) / brain.std(), atol=1e-5)
+
+
+def test_constant_image_is_refused(tmp_path):
+    loaded = LoadSubjectd()(subject_of(tmp_path, T1=VALUES, T2=np.full_like(VALUES, 5)))
+    with pytest.raises(InputError, match="T2 is constant inside the brain"):
+        NormalizeByT1Maskd("image")(loaded)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> list[dict]:
+    """40 subjects whose T1 is all n and whose T2 is all 100 + n."""
+    directory = tmp_path_factory.mktemp("many")
+    for n in range(1, 41):
+        volume = np.full((12, 12, 12), n, np.int16)
+        save_subject(directory, str(n), {"T1": volume, "T2": volume + 100}, labeled=False)
+    return find_subjects(str(directory))
+
+
+def assert_none_lost_or_swapped(items) -> None:
+    seen = [(int(item["subject"]), item["image"].reshape(2, -1)) for item in items]
+    assert len(seen) == 40
+    for number, channels in seen:
+        assert channels.shape == (2, 12**3)
+        assert torch.equal(channels.unique(dim=1).flatten(), torch.tensor([number, number + 100.0]))
+
+
+def test_t1_and_t2_under_many_threads(many):
+    for _ in range(3):
+        assert_none_lost_or_swapped(CacheDataset(many, LoadSubjectd(), num_workers=16, progress=False))
+
+
+def test_t1_and_t2_under_many_processes(many):
+    loader = DataLoader(Dataset(many, LoadSubjectd()), batch_size=1, num_workers=8)
+    batches = list(loader)
+    assert_none_lost_or_swapped({"subject": b["subject"][0], "image": b["image"][0]} for b in batches)

@@ -1,0 +1,89 @@
+import pytest
+import torch
+from ignite.engine import Engine
+
+from scripts.errors import InputError
+from scripts.network import SkipDenseSeg
+from scripts.weights import WholeCheckpointSaver, keep_earlier_weights, load_weights
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    network = SkipDenseSeg()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt", network
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoint_of_this_network(checkpoint, nested):
+    path, saved = checkpoint
+    if nested:
+        torch.save({"model": saved.state_dict(), "epoch": 3}, path)
+    network = SkipDenseSeg()
+    load_weights(network, str(path))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), saved.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"block_config": (4, 4, 4, 4)}, {"growth_rate": 8}, {"block_config": (4,)}, {"grouped_upsampling": True}],
+)
+def test_checkpoint_of_another_network_changes_nothing(checkpoint, other):
+    network = SkipDenseSeg(**other)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(InputError, match=r"model.pt: a checkpoint of another network: .*set network_def"):
+        load_weights(network, str(checkpoint[0]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, ["a list"], {"features.conv0.weight": "text"}])
+def test_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=str(path)):
+        load_weights(SkipDenseSeg(), str(path))
+
+
+def test_truncated_checkpoint(checkpoint):
+    path, network = checkpoint
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="can't be read as a checkpoint"):
+        load_weights(network, str(path))
+
+
+def test_earlier_weights_stay_beside_the_new(checkpoint, capsys):
+    path, _ = checkpoint
+    content = path.read_bytes()
+    keep_earlier_weights(str(path))
+    keep_earlier_weights(str(path))
+    path.write_bytes(b"trained anew")
+    copies = [p for p in path.parent.iterdir() if p != path]
+    assert len(copies) == 1
+    assert copies[0].read_bytes() == content
+    assert str(copies[0]) in capsys.readouterr().out
+
+
+def test_no_earlier_weights(tmp_path):
+    keep_earlier_weights(str(tmp_path / "model.pt"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    network = torch.nn.Linear(2, 2)
+    engine = Engine(lambda engine, batch: None)
+    WholeCheckpointSaver(str(tmp_path), {"model": network}, save_final=True, final_filename="last.pt").attach(engine)
+    engine.run([0])
+    former = (tmp_path / "last.pt").read_bytes()
+
+    def broken(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", broken)
+    with pytest.raises(OSError, match="disk full"):
+        engine.run([0], max_epochs=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+    assert (tmp_path / "last.pt").read_bytes() == former

@@ -1,0 +1,67 @@
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+from scripts import errors
+from scripts.errors import InputError
+from scripts.workflow import keep_freed_memory, refuse_unknown_overrides
+
+TRAIN = str(ROOT / "configs" / "train.json")
+EVALUATE = str(ROOT / "configs" / "evaluate.json")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "training", "--config_file", TRAIN, "--epochs", "3"],
+        ["run", "training", "--config_file", TRAIN, "--epochs=3", "--val_subjects=[1]", "--seed", "-1"],
+        ["run", "evaluating", "--config_file", f"['{TRAIN}','{EVALUATE}']", "--dataset-dir", "x"],
+        ["run", "evaluating", "--config_file", f"[{TRAIN},{EVALUATE}]", "--dataset-dir", "x"],
+        ["run", "--config_file", f"{TRAIN},{EVALUATE}", "--run_id", "training", "--logging_file", "x"],
+        ["run", "--config_file", TRAIN, "--tracking", "mlflow", "--train#trainer#max_epochs", "3"],
+        ["--unrelated", "program"],
+    ],
+)
+def test_known_overrides(arguments):
+    refuse_unknown_overrides(arguments)
+
+
+@pytest.mark.parametrize("typo", [["--epocs", "1"], ["--epocs=1"]])
+def test_unknown_override_gets_the_near_name(typo):
+    with pytest.raises(InputError, match=r"--epocs: no such setting; did you mean --epochs\?"):
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, *typo])
+
+
+def test_unknown_override_without_a_near_name_gets_all():
+    with pytest.raises(InputError, match=r"--xyzzy: no such setting; known are .*learning_rate"):
+        refuse_unknown_overrides(["run", "--config_file", TRAIN, "--xyzzy", "1"])
+
+
+def test_unknown_override_in_an_args_file(tmp_path):
+    args_file = tmp_path / "args.json"
+    args_file.write_text(json.dumps({"config_file": [TRAIN, EVALUATE], "batch_sise": 2}))
+    with pytest.raises(InputError, match="--batch_sise: no such setting; did you mean --batch_size"):
+        refuse_unknown_overrides(["run", "--args_file", str(args_file)])
+
+
+def test_input_error_is_shown_in_one_line_and_others_in_full(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    errors.show_input_errors_in_one_line()
+    for wrapped, shown in ((InputError("a.hdr: broken"), "error: a.hdr: broken\n"), (KeyError("bug"), "Traceback")):
+        try:
+            try:
+                raise wrapped
+            except ValueError as cause:
+                raise RuntimeError("applying transform") from cause
+        except (RuntimeError, KeyError) as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+        printed = capsys.readouterr().err
+        assert printed == shown if shown.startswith("error") else printed.startswith(shown)
+
+
+def test_memory_setting_is_harmless_elsewhere(monkeypatch):
+    monkeypatch.setattr("platform.libc_ver", lambda: ("", ""))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: pytest.fail("there is no glibc to tell"))
+    keep_freed_memory()

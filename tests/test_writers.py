@@ -1,0 +1,68 @@
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts.writers import LabelSaver, whole_files, write_analyze, write_csv, write_label
+
+RNG = np.random.default_rng(1)
+LABEL = RNG.integers(0, 4, (5, 6, 7)).astype(np.uint8)
+OBLIQUE = np.array([[0, 0, 1.5, -3], [-1.2, 0.1, 0, 5], [0.1, 2.0, 0, 7], [0, 0, 0, 1.0]])
+
+
+def test_failure_leaves_nothing_and_what_was_there_stays(tmp_path):
+    (tmp_path / "table.csv").write_text("old")
+    with pytest.raises(RuntimeError), whole_files(tmp_path) as temporary:
+        (temporary / "table.csv").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    assert (tmp_path / "table.csv").read_text() == "old"
+
+
+def test_success_moves_every_file_into_a_new_folder(tmp_path):
+    with whole_files(tmp_path / "a" / "b") as temporary:
+        (temporary / "x.hdr").write_text("1")
+        (temporary / "x.img").write_text("2")
+    assert {p.name: p.read_text() for p in (tmp_path / "a" / "b").iterdir()} == {"x.hdr": "1", "x.img": "2"}
+
+
+def test_csv(tmp_path):
+    write_csv(tmp_path / "new" / "table.csv", [{"subject": "1", "csf_ml": 1.5}, {"subject": "b", "csf_ml": 2}])
+    with (tmp_path / "new" / "table.csv").open(newline="") as file:
+        assert list(csv.DictReader(file)) == [{"subject": "1", "csf_ml": "1.5"}, {"subject": "b", "csf_ml": "2"}]
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".nii"])
+@pytest.mark.parametrize("shape", [(5, 6, 7), (5, 6, 7, 1)])
+def test_nifti_label_opens_beside_any_t1(tmp_path, suffix, shape):
+    nib.save(nib.Nifti1Image(np.ones(shape, np.int16), OBLIQUE), tmp_path / "t1.nii")
+    write_label(tmp_path / f"label{suffix}", LABEL, str(tmp_path / "t1.nii"))
+    label = nib.load(tmp_path / f"label{suffix}")
+    assert label.shape == shape
+    assert label.get_data_dtype() == np.uint8
+    np.testing.assert_allclose(label.affine, nib.load(tmp_path / "t1.nii").affine)
+    np.testing.assert_array_equal(np.asarray(label.dataobj).reshape(LABEL.shape), LABEL)
+
+
+def test_analyze_label_of_an_iseg_subject(tmp_path):
+    write_analyze(tmp_path / "t1.hdr", np.ones((5, 6, 7), np.int16), "of subject 11")
+    write_label(tmp_path / "out" / "label.hdr", LABEL, str(tmp_path / "t1.hdr"))
+    label, t1 = (nib.load(path) for path in (tmp_path / "out" / "label.hdr", tmp_path / "t1.hdr"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["label.hdr", "label.img"]
+    assert label.shape == t1.shape == (5, 6, 7, 1)
+    np.testing.assert_array_equal(label.affine, t1.affine)
+    assert label.header["descrip"] == t1.header["descrip"]
+    assert label.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(np.asarray(label.dataobj)[..., 0], np.array([0, 10, 150, 250])[LABEL])
+
+
+def test_analyze_label_of_a_nifti_t1_keeps_its_affine(tmp_path):
+    nib.save(nib.Nifti1Image(np.ones((5, 6, 7), np.int16), OBLIQUE), tmp_path / "t1.nii")
+    write_label(tmp_path / "label.hdr", LABEL, str(tmp_path / "t1.nii"))
+    np.testing.assert_allclose(nib.load(tmp_path / "label.hdr").affine, OBLIQUE, atol=1e-6)
+
+
+def test_unknown_suffix():
+    with pytest.raises(ValueError, match=r"suffix must be .* got '.mha'"):
+        LabelSaver("out", ".mha")
