@@ -4,15 +4,17 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
 
-.PHONY: demo test test-all lint weights
+.PHONY: demo test test-slow test-all lint weights
 
 # phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
 demo: demo/.segmented
+	@cat demo/metrics.md
 	@echo "network:      demo/model.pt"
-	@echo "scores:       demo/metrics.csv, drawn in demo/subject-6.png"
-	@echo "segmentation: demo/segmentation/subject-7-label.nii.gz, volumes.csv, drawn in subject-7.png"
+	@echo "scores:       demo/metrics.csv, drawn in demo/subject-6-scored.png"
+	@echo "segmentation: demo/segmentation/subject-7-label.nii.gz, drawn in demo/segmentation/subject-7-label.png"
+	@echo "volumes:      demo/segmentation/volumes.csv"
 
-demo/.phantom: $(VENV)/.installed
+demo/.phantom: | $(VENV)/.installed
 	$(PY) -m scripts phantom --output_dir data/phantom --subjects 6 --unlabeled 1 --seed 0
 	@mkdir -p demo && touch $@
 
@@ -31,18 +33,24 @@ demo/.segmented: demo/.evaluated
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow"
 
-test-all: $(VENV)/.installed-dev
-	$(PY) -m pytest
+# the demo from nothing and the set-up without make
+test-slow: $(VENV)/.installed-dev
+	$(PY) -m pytest -m slow
+
+test-all: test test-slow
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# the weights that the bundle includes: 10 phantom subjects, 8 of them for training
+# the weights that the bundle includes: 10 phantom subjects, 8 of them for training; scored on those of the demo
 weights: $(VENV)/.installed
 	$(PY) -m scripts phantom --output_dir data/phantom-10 --subjects 10 --unlabeled 0 --seed 1
 	$(RUN) training --config_file "['configs/train.json','configs/demo.json']" --dataset_dir data/phantom-10 \
 		--val_subjects "[9,10]" --epochs 40 --output_dir eval/weights --ckpt_dir models
+	$(PY) -m scripts phantom --output_dir data/phantom --subjects 6 --unlabeled 1 --seed 0
+	$(RUN) evaluating --config_file "['configs/train.json','configs/evaluate.json']" \
+		--val_subjects "[1,2,3,4,5,6]" --output_dir eval/weights
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no virtual environment made; on Debian: apt install python3.11-venv"; exit 1; }

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from monai.inferers import Inferer, SlidingWindowInferer
 
+from scripts.errors import InputError
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -20,7 +22,9 @@ def fast_precision(device: torch.device) -> torch.dtype:
 
 
 class MixedPrecisionInferer(Inferer):
-    """Run the network of another inferer under autocast and in channels-last layout; logits come out as float32.
+    """Run the network of another inferer under autocast and in channels-last layout.
+
+    Called with (B, C, X, Y, Z) and a network, it returns the network's logits as float32, (B, classes, X, Y, Z).
 
     MONAI's engines ignore `amp` on a CPU, and on a CPU it gains most, so autocast is entered here, for training and
     inference alike.
@@ -30,13 +34,13 @@ class MixedPrecisionInferer(Inferer):
         precision: 'auto' (see `fast_precision`), 'fp32' or 'bf16'.
 
     Raises:
-        ValueError: another precision is asked for.
+        InputError: another precision is asked for.
     """
 
     def __init__(self, inferer: Inferer, precision: str = "auto") -> None:
         super().__init__()
         if precision not in ("auto", *PRECISIONS):
-            raise ValueError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
+            raise InputError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
         self.inferer = inferer
         self.precision = precision
 

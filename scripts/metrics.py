@@ -1,5 +1,6 @@
 """Scores and volumes of each tissue, a row for each subject."""
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -7,12 +8,14 @@ import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.engines import Evaluator
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from monai.networks import one_hot
 
-from scripts.writers import segmented_subjects, write_csv
+from scripts.transforms import Tissue
+from scripts.writers import segmented_subjects, whole_files, write_csv
 
-TISSUES = ("csf", "gm", "wm")  # labels 1, 2, 3
+TISSUES = tuple(tissue.name.lower() for tissue in Tissue)
 
 
 def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]) -> dict[str, float]:
@@ -34,7 +37,7 @@ def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[
         low, high = occupied.amin(0), occupied.amax(0) + 1
         box = (slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))
         prediction, label = prediction[box], label[box]
-    pair = [one_hot(x[None].long(), num_classes=len(TISSUES) + 1) for x in (prediction, label)]
+    pair = [one_hot(x[None].long(), num_classes=1 + len(Tissue)) for x in (prediction, label)]
     scores = {
         "dice": compute_dice(*pair, include_background=False),
         "hd95": compute_hausdorff_distance(*pair, percentile=95, spacing=spacing),
@@ -52,12 +55,16 @@ def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[
 def tissue_volumes(prediction: MetaTensor) -> dict[str, float]:
     """Volume of each tissue and of the brain (their sum) in ml, from labels 0 to 3 with an affine in mm."""
     voxel = abs(float(torch.linalg.det(prediction.affine[:3, :3]))) / 1000
-    volumes = {tissue: int((prediction == i).sum()) * voxel for i, tissue in enumerate(TISSUES, start=1)}
+    volumes = {tissue.name.lower(): int((prediction == tissue).sum()) * voxel for tissue in Tissue}
     return {f"{name}_ml": round(ml, 3) for name, ml in (volumes | {"brain": sum(volumes.values())}).items()}
 
 
-class _SubjectTable:
-    """Handler that gathers a row from each item of the engine's output and writes the table when the run is over."""
+class _SubjectTable(ABC):
+    """Handler that measures each subject of an evaluator and writes the table anew after each, so that none is lost.
+
+    Args:
+        path: the CSV file, with the column `subject` and those that `measure` gives.
+    """
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -70,35 +77,42 @@ class _SubjectTable:
 
     def gather(self, engine: Engine) -> None:
         self.rows += [{"subject": item["subject"]} | self.measure(item) for item in segmented_subjects(engine)]
-
-    def measure(self, item: dict[str, Any]) -> dict[str, float]:
-        raise NotImplementedError
-
-    def finish(self) -> None:
         write_csv(self.path, self.rows)
+
+    @abstractmethod
+    def measure(self, item: dict[str, Any]) -> dict[str, float]:
+        """The columns for one subject, given as by `segmented_subjects`."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Say what was done, when the run is over."""
 
 
 class ScoreTable(_SubjectTable):
-    """Handler that scores each subject, writes `metrics.csv` and prints the Dice table in percent."""
+    """Handler that scores each subject against its label, by `tissue_scores`.
+
+    When the run is over it prints the Dice table and writes it beside the CSV file, as `<name>.md`.
+    """
 
     def measure(self, item: dict[str, Any]) -> dict[str, float]:
         spacing = tuple(item["label"].pixdim.tolist())
         return tissue_scores(item["pred"].as_tensor().cpu(), item["label"].as_tensor().cpu(), spacing)
 
     def finish(self) -> None:
-        super().finish()
-        print(dice_table(self.rows))
+        table = dice_table(self.rows)
+        with whole_files(self.path.parent) as temporary:
+            (temporary / self.path.with_suffix(".md").name).write_text(table + "\n")
+        print(table)
         print(f"scores of each subject, surface distances included: {self.path}")
 
 
 class VolumeTable(_SubjectTable):
-    """Handler that measures each segmented subject and writes `volumes.csv`."""
+    """Handler that measures each segmented subject, by `tissue_volumes`."""
 
     def measure(self, item: dict[str, Any]) -> dict[str, float]:
         return tissue_volumes(item["pred"])
 
     def finish(self) -> None:
-        super().finish()
         print(f"segmented {len(self.rows)} subjects; labels and volumes in {self.path.parent}")
 
 
@@ -131,3 +145,26 @@ class TissueDice:
         by_tissue = engine.state.metric_details[self.mean_dice].nanmean(dim=0).tolist()
         for tissue, value in zip(TISSUES, by_tissue, strict=True):
             engine.state.metrics[f"{self.mean_dice}_{tissue}"] = value
+
+
+class LastEpochValidator:
+    """Handler that validates when training ends, unless its last epoch was validated at the interval.
+
+    Without it a training of fewer epochs than the interval would save no network, and the last epochs of any other,
+    which have the lowest learning rate, might never be tried.
+
+    Args:
+        validator: the evaluator.
+        interval: the epochs between two validations, as MONAI's ValidationHandler has it.
+    """
+
+    def __init__(self, validator: Evaluator, interval: int) -> None:
+        self.validator = validator
+        self.interval = interval
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.COMPLETED, self.validate)
+
+    def validate(self, engine: Engine) -> None:
+        if engine.state.epoch % self.interval:
+            self.validator.run(engine.state.epoch)

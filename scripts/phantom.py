@@ -11,8 +11,8 @@ from scipy.ndimage import distance_transform_edt, map_coordinates
 from tqdm import tqdm
 
 from scripts.errors import InputError
-from scripts.synthesis import CSF, GM, T1_CONTRAST, T2_CONTRAST, WM, six_month_image, smooth_noise
-from scripts.transforms import ISEG_VALUES
+from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image, smooth_noise
+from scripts.transforms import ISEG_VALUES, Tissue
 from scripts.writers import whole_files, write_analyze
 
 VOLUME_SHAPE = (144, 192, 256)
@@ -75,7 +75,7 @@ def label_map(rng: np.random.Generator) -> np.ndarray:
     proportions *= (rng.uniform(0.96, 1.06) / np.prod(proportions)) ** (1 / 3)
     position /= proportions.astype(np.float32)[:, None, None, None]
     for axis in position:
-        axis += 2.0 * smooth_noise(rng, BRAIN_SHAPE, 16.0)
+        axis += 1.5 * smooth_noise(rng, BRAIN_SHAPE, 16.0)
 
     half_height = np.where(position[2] > 0, CEREBRUM[2], CEREBRUM_LOWER)
     cerebrum = sum((p / a) ** 2 for p, a in zip(position, (*CEREBRUM[:2], half_height), strict=True)) < 1
@@ -86,7 +86,7 @@ def label_map(rng: np.random.Generator) -> np.ndarray:
     # sulci: deep primary and shallow secondary sheets, and the fissure between the hemispheres
     depth = distance_transform_edt(cerebrum)
     reach = 15 + 4 * smooth_noise(rng, BRAIN_SHAPE, 10.0)
-    sulci = _folds(rng, position, 24.0) & (depth < reach)
+    sulci = _folds(rng, position, 22.0) & (depth < reach)
     sulci |= _folds(rng, position, 15.0) & (depth < reach / 2)
     core = _ellipsoid(position, (0, 0, 4), (30, 42, 20)) < 1
     sulci |= _sheets(position[0]) & ~core & (position[2] > -25)
@@ -96,19 +96,19 @@ def label_map(rng: np.random.Generator) -> np.ndarray:
     gaps = (sulci & cerebrum) | (folia & cerebellum & ~cerebellum_core)
     gaps |= (distance_transform_edt(~cerebrum) <= 1) & cerebellum
 
-    tissue = np.full(BRAIN_SHAPE, WM, dtype=np.uint8)
+    tissue = np.full(BRAIN_SHAPE, Tissue.WM, dtype=np.uint8)
     nuclei = np.logical_or.reduce([_ellipsoid(position, *nucleus) < 1 for nucleus in DEEP_NUCLEI])
     ventricles = np.logical_or.reduce([_ellipsoid(position, *ventricle) < 1 for ventricle in VENTRICLES])
-    tissue[nuclei & brain] = GM
-    tissue[ventricles & brain] = CSF
+    tissue[nuclei & brain] = Tissue.GM
+    tissue[ventricles & brain] = Tissue.CSF
     # CSF fills the gaps and covers the brain, the cortex lines it: both as thick as their share of the brain asks
     ribbon = brain & ~ventricles & ~nuclei & ~(brain_stem & ~cerebrum)
     distance = distance_transform_edt(brain & ~gaps) + 0.3 * smooth_noise(rng, BRAIN_SHAPE, 2.0)
     outermost = np.sort(distance[ribbon])
-    csf_voxels = int(rng.uniform(0.20, 0.24) * brain.sum()) - np.count_nonzero(tissue[brain] == CSF)
-    gm_voxels = int(rng.uniform(0.45, 0.49) * brain.sum()) - np.count_nonzero(tissue[brain] == GM)
-    tissue[ribbon & (distance < outermost[csf_voxels + gm_voxels])] = GM
-    tissue[ribbon & (distance < outermost[csf_voxels])] = CSF
+    csf_voxels = int(rng.uniform(0.20, 0.24) * brain.sum()) - np.count_nonzero(tissue[brain] == Tissue.CSF)
+    gm_voxels = int(rng.uniform(0.45, 0.49) * brain.sum()) - np.count_nonzero(tissue[brain] == Tissue.GM)
+    tissue[ribbon & (distance < outermost[csf_voxels + gm_voxels])] = Tissue.GM
+    tissue[ribbon & (distance < outermost[csf_voxels])] = Tissue.CSF
     tissue[~brain] = 0
 
     volume = np.zeros(VOLUME_SHAPE, dtype=np.uint8)
@@ -131,13 +131,14 @@ def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 
     Raises:
         InputError: a number is out of range, or a file of that name is there that isn't the same phantom subject.
     """
-    if subjects < 1 or unlabeled < 0 or seed < 0:
-        raise InputError(
-            f"phantom: subjects must be at least 1, unlabeled and seed at least 0, got {subjects}, {unlabeled}, {seed}"
-        )
+    for name, number, least in (("subjects", subjects, 1), ("unlabeled", unlabeled, 0), ("seed", seed, 0)):
+        if not isinstance(number, int) or number < least:
+            raise InputError(f"--{name} {number}: must be a whole number of at least {least}")
     for number in tqdm(range(1, subjects + unlabeled + 1), desc="phantom subjects", unit="subject"):
         kinds = ("T1", "T2", "label") if number <= subjects else ("T1", "T2")
         description = f"phantom seed {seed} subject {number}"
+        if number > subjects and (surplus := Path(output_dir) / f"subject-{number}-label.hdr").exists():
+            raise InputError(f"{surplus}: subject {number} shall have no label; choose another --output_dir")
         if _is_there([Path(output_dir) / f"subject-{number}-{kind}.hdr" for kind in kinds], description):
             continue
         rng = np.random.default_rng([seed, number])

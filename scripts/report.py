@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from monai.data import MetaTensor
 
+from scripts.transforms import Tissue
 from scripts.writers import segmented_subjects, whole_files
 
-TISSUE_COLORS = {"CSF": "#3b82f6", "GM": "#22c55e", "WM": "#facc15"}
+TISSUE_COLORS = {Tissue.CSF: "#3b82f6", Tissue.GM: "#22c55e", Tissue.WM: "#facc15"}
 DISAGREEMENT_COLOR = "#ef4444"
 
 
@@ -26,7 +27,7 @@ def _canonical(values: MetaTensor) -> np.ndarray:
 def _slices(values: np.ndarray, centre: np.ndarray) -> list[np.ndarray]:
     """Axial, coronal and sagittal slice, as seen with the front or the top up and the subject's right on the left."""
     x, y, z = centre
-    return [values[:, :, z].T, values[:, y, :].T, values[x, :, :].T]
+    return [values[::-1, :, z].T, values[::-1, y, :].T, values[x, :, :].T]
 
 
 def segmentation_picture(
@@ -65,6 +66,8 @@ def segmentation_picture(
             axis = axes[row, column]
             axis.imshow(slice_, cmap="gray", vmin=0, vmax=brightest, origin="lower", aspect=aspect)
             axis.axis("off")
+            if row < 2:  # axial and coronal
+                axis.text(0.02, 0.5, "R", color="white", transform=axis.transAxes, verticalalignment="center")
             if overlay is None:
                 continue
             marks = _slices(overlay, centre)[row]
@@ -74,7 +77,7 @@ def segmentation_picture(
             else:
                 axis.imshow(marks, cmap=colors, vmin=1, vmax=3, alpha=0.45, origin="lower", aspect=aspect)
     figure.legend(
-        handles=[Patch(color=color, label=name) for name, color in TISSUE_COLORS.items()],
+        handles=[Patch(color=color, label=tissue.name) for tissue, color in TISSUE_COLORS.items()],
         loc="outside lower center",
         ncols=3,
         facecolor="black",
@@ -85,7 +88,9 @@ def segmentation_picture(
 
 
 class PictureSaver:
-    """Handler that writes `subject-<id>.png` for each subject of an evaluator.
+    """Handler that draws each subject of an evaluator by `segmentation_picture`.
+
+    The file is `subject-<id>-scored.png` where there is a label, else `subject-<id>-label.png`.
 
     Args:
         output_dir: the folder to write to.
@@ -96,11 +101,11 @@ class PictureSaver:
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.save)
-        engine.add_event_handler(Events.COMPLETED, lambda: print(f"pictures: {self.output_dir}/subject-*.png"))
+        engine.add_event_handler(Events.COMPLETED, lambda: print(f"pictures: {self.output_dir}/subject-<id>-*.png"))
 
     def save(self, engine: Engine) -> None:
         for item in segmented_subjects(engine):
-            subject = item["subject"]
-            figure = segmentation_picture(item["t1"], item["pred"], item.get("label"), f"subject {subject}")
+            figure = segmentation_picture(item["t1"], item["pred"], item.get("label"), f"subject {item['subject']}")
+            name = f"subject-{item['subject']}-{'scored' if 'label' in item else 'label'}.png"
             with whole_files(self.output_dir) as temporary, matplotlib.rc_context({"savefig.facecolor": "black"}):
-                figure.savefig(temporary / f"subject-{subject}.png", dpi=80)
+                figure.savefig(temporary / name, dpi=80)

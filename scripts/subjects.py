@@ -8,6 +8,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from monai.utils import ensure_tuple
+
 from scripts.errors import InputError
 
 FILE_NAME = re.compile(r"subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(?P<suffix>hdr|img|nii|nii\.gz)", re.IGNORECASE)
@@ -20,6 +22,9 @@ class Subject(TypedDict):
     subject: str
     image: list[str]
     label: NotRequired[str]
+
+
+Ids = int | str | Collection[int | str]
 
 
 def _natural_order(subject: str) -> list[tuple[bool, int, str]]:
@@ -89,20 +94,25 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
     return subjects
 
 
-def _pick(subjects: list[Subject], ids: Collection[int | str], dataset_dir: str, setting: str) -> list[Subject]:
+def _ids(setting: Ids) -> list[str]:
+    """Ids as text, whether one or several were given: `--val_subjects 9` is `--val_subjects "[9]"`."""
+    return [str(subject_id) for subject_id in ensure_tuple(setting)]
+
+
+def _pick(subjects: list[Subject], ids: Ids, dataset_dir: str, setting: str) -> list[Subject]:
     """The subjects with these ids; an id that isn't there is an error, but for a folder with no subjects at all."""
     by_id = {subject["subject"]: subject for subject in subjects}
-    for subject_id in ids if subjects else ():
-        if str(subject_id) not in by_id:
+    for subject_id in _ids(ids) if subjects else ():
+        if subject_id not in by_id:
             there = ", ".join(by_id)
             raise InputError(
                 f"{dataset_dir}: {setting} names subject {subject_id}, which isn't there; choose from {there}"
             )
-    return [by_id[str(subject_id)] for subject_id in ids if str(subject_id) in by_id]
+    return [by_id[subject_id] for subject_id in _ids(ids) if subject_id in by_id]
 
 
-def validation_subjects(dataset_dir: str, val_subjects: Collection[int | str]) -> list[Subject]:
-    """The subjects named by `val_subjects`.
+def validation_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
+    """The subjects named by `val_subjects`; none where the folder holds none.
 
     Raises:
         InputError: one of them isn't there or has no label, or as `find_subjects`.
@@ -117,14 +127,16 @@ def validation_subjects(dataset_dir: str, val_subjects: Collection[int | str]) -
     return chosen
 
 
-def training_subjects(dataset_dir: str, val_subjects: Collection[int | str]) -> list[Subject]:
+def training_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
     """All labelled subjects but those of `val_subjects`; raises as `find_subjects`."""
-    held_out = {str(subject_id) for subject_id in val_subjects}
+    held_out = _ids(val_subjects)
     return [s for s in find_subjects(dataset_dir) if "label" in s and s["subject"] not in held_out]
 
 
-def subjects_to_segment(dataset_dir: str, subjects: Collection[int | str] | None) -> list[Subject]:
-    """The subjects with these ids, or all that have no label when `subjects` is None.
+def subjects_to_segment(dataset_dir: str, subjects: Ids | None) -> list[Subject]:
+    """The subjects with these ids, or all that have no label when `subjects` is None, without their labels.
+
+    None where the folder holds none.
 
     Raises:
         InputError: one of them isn't there, or as `find_subjects`.
@@ -132,7 +144,8 @@ def subjects_to_segment(dataset_dir: str, subjects: Collection[int | str] | None
     found = find_subjects(dataset_dir)
     if subjects is None:
         return [subject for subject in found if "label" not in subject]
-    return _pick(found, subjects, dataset_dir, "subjects")
+    chosen = _pick(found, subjects, dataset_dir, "subjects")
+    return [{"subject": subject["subject"], "image": subject["image"]} for subject in chosen]
 
 
 def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> None:
@@ -160,3 +173,16 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
     raise InputError(
         f"{dataset_dir}: no subject left to {purpose} among {len(found)}, {labeled} of them labelled; {remedy}"
     )
+
+
+def require_apart(dataset_dir: str, output_dir: str) -> None:
+    """Refuse to write label images among the subjects, where they would count as true labels the next time.
+
+    Raises:
+        InputError: `output_dir` is `dataset_dir` or lies below it.
+    """
+    if Path(output_dir).resolve().is_relative_to(Path(dataset_dir).resolve()):
+        raise InputError(
+            f"{output_dir}: lies in the dataset, where segmentations would be taken for true labels; "
+            f"choose an --output_dir outside {dataset_dir}"
+        )

@@ -12,7 +12,7 @@ from monai.transforms import RandBiasField, RandRicianNoise
 from scipy.ndimage import find_objects, gaussian_filter, zoom
 from scipy.stats import norm
 
-CSF, GM, WM = 1, 2, 3
+from scripts.transforms import Tissue
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float)
 
 def partial_volume(label: np.ndarray, sigma: float = 0.5) -> np.ndarray:
     """Share of each tissue in each brain voxel after blurring, (voxels, 3); background takes no part."""
-    shares = [gaussian_filter((label == tissue).astype(np.float32), sigma)[label > 0] for tissue in (CSF, GM, WM)]
+    shares = [gaussian_filter((label == tissue).astype(np.float32), sigma)[label > 0] for tissue in Tissue]
     return np.stack(shares, axis=1) / np.sum(shares, axis=0)[:, None]
 
 
@@ -108,8 +108,8 @@ def six_month_image(label: np.ndarray, contrast: Contrast, rng: np.random.Genera
     csf, wm = csf_gm, gm_wm
     for _ in range(6):
         image = render(contrast.csf_sign * csf, contrast.wm_sign * wm)
-        csf *= csf_gm / distance(histogram_overlap(image[tissue == CSF], image[tissue == GM]))
-        wm *= gm_wm / distance(histogram_overlap(image[tissue == GM], image[tissue == WM]))
+        csf *= csf_gm / distance(histogram_overlap(image[tissue == Tissue.CSF], image[tissue == Tissue.GM]))
+        wm *= gm_wm / distance(histogram_overlap(image[tissue == Tissue.GM], image[tissue == Tissue.WM]))
 
     image = render(contrast.csf_sign * csf, contrast.wm_sign * wm) * rng.uniform(0.85, 1.15)
     result[whole > 0] = np.clip(np.rint(image), 1, 1000)

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Hashable, Mapping
+from enum import IntEnum
 from typing import Any
 
 import nibabel as nib
@@ -12,6 +13,15 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import MetaKeys, SpaceKeys
 
 from scripts.errors import InputError
+
+
+class Tissue(IntEnum):
+    """Labels in memory and in NIfTI files; 0 is background."""
+
+    CSF = 1
+    GM = 2
+    WM = 3
+
 
 # label values in iSeg files; their places are the labels in memory: background, CSF, GM, WM
 ISEG_VALUES = (0, 10, 150, 250)
@@ -61,15 +71,14 @@ def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
     Raises:
         InputError: another value occurs, or the two sets are mixed.
     """
-    present = set(np.unique(values).tolist())
-    if present <= set(range(len(ISEG_VALUES))):
+    present, in_memory, in_iseg = set(np.unique(values).tolist()), {0, *Tissue}, set(ISEG_VALUES)
+    remedy = f"use {ISEG_VALUES} or 0, 1, 2, 3 for background, CSF, GM, WM"
+    if unknown := present - in_memory - in_iseg:
+        raise InputError(f"{path}: label value {min(unknown):g} isn't known; {remedy}")
+    if present <= in_memory:
         return values.astype(np.uint8)
-    if not present <= set(ISEG_VALUES):
-        unknown = sorted(present - set(ISEG_VALUES))
-        raise InputError(
-            f"{path}: label value {unknown[0]:g} isn't known; "
-            f"use {ISEG_VALUES} or 0, 1, 2, 3 for background, CSF, GM, WM"
-        )
+    if not present <= in_iseg:
+        raise InputError(f"{path}: mixes iSeg's label values with 1, 2, 3; {remedy}")
     return np.searchsorted(ISEG_VALUES, values).astype(np.uint8)
 
 
@@ -135,7 +144,10 @@ class NormalizeByT1Maskd(MapTransform):
             deviation, mean = torch.std_mean(brain, dim=1, correction=0)
             for name, spread in zip(("T1", "T2"), deviation.tolist(), strict=True):
                 if spread == 0:
-                    raise InputError(f"{image.meta['filename_or_obj']}: {name} is constant inside the brain")
+                    raise InputError(
+                        f"{image.meta['filename_or_obj']}: the {name} of this subject is constant inside the brain; "
+                        f"give the scan itself, not a mask"
+                    )
             scale = tuple(value.to(channels.dtype)[:, None, None, None] for value in (mean, deviation))
             result[key] = (image - scale[0]) / scale[1]
         return result

@@ -2,14 +2,18 @@
 
 import hashlib
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from ignite.handlers.checkpoint import BaseSaveHandler
 from monai.handlers import CheckpointSaver
 
 from scripts.errors import InputError
+from scripts.writers import whole_files
 
 
 def load_weights(network: torch.nn.Module, path: str) -> None:
@@ -44,7 +48,15 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
 
 
 class WeightsLoader:
-    """Handler that loads a checkpoint by `load_weights` before the engine runs."""
+    """Handler that loads a checkpoint by `load_weights` when the engine starts.
+
+    Args:
+        path: the checkpoint.
+        network: takes the weights.
+
+    Raises:
+        InputError: when the engine starts, as `load_weights`.
+    """
 
     def __init__(self, path: str, network: torch.nn.Module) -> None:
         self.path = path
@@ -54,22 +66,68 @@ class WeightsLoader:
         engine.add_event_handler(Events.STARTED, lambda: load_weights(self.network, self.path))
 
 
-class WholeCheckpointSaver(CheckpointSaver):
-    """MONAI's CheckpointSaver, but each file appears whole: written to a temporary name, then renamed."""
+class _WholeFileSaver(BaseSaveHandler):
+    """Writes a checkpoint whole, and only then removes the one that it takes the place of."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, directory: str, filename: str | None) -> None:
+        self.directory = Path(directory)
+        self.filename = filename
+        self.outdated: set[str] = set()
+
+    @idist.one_rank_only()
+    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
+        filename = self.filename or filename
+        with whole_files(self.directory) as temporary:
+            torch.save(checkpoint, temporary / filename)
+        for outdated in self.outdated - {filename}:
+            (self.directory / outdated).unlink(missing_ok=True)
+        self.outdated.clear()
+
+    def remove(self, filename: str) -> None:
+        self.outdated.add(self.filename or filename)
+
+
+class WholeCheckpointSaver(CheckpointSaver):
+    """MONAI's CheckpointSaver, but a file under its final name is always a whole checkpoint.
+
+    MONAI's own removes the former checkpoint and then writes the new one in place, so that a process that ends
+    between the two leaves none.
+
+    Args:
+        interval_filename: the one file name for the checkpoints of `save_interval`, instead of one with the epoch's
+            number.
+        kwargs: those of MONAI's CheckpointSaver.
+    """
+
+    def __init__(self, *, interval_filename: str | None = None, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        if self._interval_checkpoint is not None:
+            self._interval_checkpoint.save_handler.filename = interval_filename
         for checkpoint in (self._final_checkpoint, self._key_metric_checkpoint, self._interval_checkpoint):
             if checkpoint is not None:
-                checkpoint.save_handler._atomic = True
+                checkpoint.save_handler = _WholeFileSaver(self.save_dir, checkpoint.save_handler.filename)
 
 
-def keep_earlier_weights(path: str) -> None:
-    """Copy a checkpoint that training is about to replace to a name made from its content, beside it."""
-    weights = Path(path)
-    if weights.is_file():
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()[:8]
-        copy = weights.with_name(f"{weights.stem}-{digest}{weights.suffix}")
+class EarlierWeightsKeeper:
+    """Handler that, when training starts, copies the checkpoint that it will replace.
+
+    Args:
+        path: the checkpoint; the copy beside it is named after the content, so that none is kept twice.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.keep)
+
+    @idist.one_rank_only()
+    def keep(self) -> None:
+        if not self.path.is_file():
+            return
+        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
+        copy = self.path.with_name(f"{self.path.stem}-{digest}{self.path.suffix}")
         if not copy.exists():
-            shutil.copy2(weights, copy)
-        print(f"{weights} will be replaced; its present content stays in {copy}")
+            with whole_files(copy.parent) as temporary:
+                shutil.copy2(self.path, temporary / copy.name)
+        print(f"{self.path} will be replaced; its present content stays in {copy}")

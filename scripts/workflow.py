@@ -4,46 +4,68 @@ import ctypes
 import difflib
 import inspect
 import platform
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from pydoc import locate
+from typing import Any
 
 from fire.parser import DefaultParseValue
-from monai.bundle import ConfigParser, ConfigWorkflow, run
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
+from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import set_determinism
 
 from scripts.errors import InputError, show_input_errors_in_one_line
+
+
+def _given_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options among command-line arguments, as `fire` reads them: `--name value`, `--name=value`, `-name value`."""
+    options: dict[str, Any] = {}
+    for position, argument in enumerate(arguments):
+        if option := re.fullmatch(r"--?([a-zA-Z][^=]*)(?:=(.*))?", argument, re.DOTALL):
+            name, value = option.groups()
+            following = arguments[position + 1] if position + 1 < len(arguments) else ""
+            options[name.replace("-", "_")] = DefaultParseValue(following if value is None else value)
+    return options
+
+
+def _names_at(config: ConfigParser, parent: str) -> set[str]:
+    """What may be set in a part of a config: what stands there and, in a component, the arguments it takes."""
+    part = config[parent]
+    if isinstance(part, list):
+        return {str(position) for position in range(len(part))}
+    names = set(part)
+    if "_target_" in part:
+        component = ConfigComponent(part, id=parent, locator=config.locator).resolve_module_name()
+        names |= set(inspect.signature(locate(component) if isinstance(component, str) else component).parameters)
+        names |= {"_target_", "_disabled_", "_mode_", "_desc_", "_requires_"}
+    return names
 
 
 def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     """Refuse a command-line override that names nothing in the configs; MONAI would accept and ignore it.
 
     Args:
-        arguments: those of `monai.bundle run`, as `--name value` or `--name=value`.
+        arguments: those of `monai.bundle run`.
 
     Raises:
-        InputError: a top-level name isn't known, with the nearest known one. (MONAI itself refuses nested ones.)
+        InputError: a name isn't known, with the nearest known one.
     """
-    given: dict[str, str] = {}
-    for position, argument in enumerate(arguments):
-        if argument.startswith("--"):
-            name, equals, value = argument[2:].partition("=")
-            following = "".join(arguments[position + 1 : position + 2])
-            given[name.replace("-", "_")] = value if equals else following
-    options = dict(given)
-    if "args_file" in given:
-        options = ConfigParser.load_config_file(given["args_file"]) | given
-    config_file = options.get("config_file")
-    if config_file is None:  # not started from the command line
+    options = _given_options(arguments)
+    if "args_file" in options:
+        options = ConfigParser.load_config_file(options["args_file"]) | options
+    if "config_file" not in options:  # not started from the command line
         return
-    if isinstance(config_file, str):
-        config_file = DefaultParseValue(config_file)
-    config = ConfigParser.load_config_files(config_file)
-    known = {*config, *inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
+    config = ConfigParser(ConfigParser.load_config_files(options["config_file"]))
     for name in options:
-        if name not in known and not any(separator in name for separator in ("#", "::")):
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean --{near[0]}?" if near else f"known are {', '.join(sorted(config))}"
+        *parents, own_name = ReferenceResolver.split_id(name)
+        known = _names_at(config, ID_SEP_KEY.join(parents))
+        if not parents:
+            known |= {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
+        if own_name not in known:
+            near = difflib.get_close_matches(own_name, known, n=1)
+            hint = f"did you mean --{ID_SEP_KEY.join([*parents, near[0]])}?" if near else f"known are {sorted(known)}"
             raise InputError(f"--{name}: no such setting; {hint}")
 
 

@@ -11,6 +11,7 @@ import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
 
+from scripts.errors import InputError
 from scripts.transforms import ISEG_VALUES
 
 
@@ -94,11 +95,14 @@ class LabelSaver:
     Args:
         output_dir: the folder to write to.
         suffix: '.nii.gz' or '.nii' for NIfTI with labels 0 to 3, '.hdr' for Analyze pairs with iSeg's values.
+
+    Raises:
+        InputError: another suffix is asked for.
     """
 
     def __init__(self, output_dir: str, suffix: str = ".nii.gz") -> None:
         if suffix not in (".nii.gz", ".nii", ".hdr"):
-            raise ValueError(f"suffix must be '.nii.gz', '.nii' or '.hdr', got {suffix!r}")
+            raise InputError(f"--label_suffix must be '.nii.gz', '.nii' or '.hdr', got {suffix!r}")
         self.output_dir = Path(output_dir)
         self.suffix = suffix
 

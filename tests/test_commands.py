@@ -69,9 +69,10 @@ def segmented(dataset, tmp_path_factory) -> Path:
 
 def test_training_leaves_the_best_network_the_last_epoch_and_a_log(trained):
     SkipDenseSeg().load_state_dict(torch.load(trained / "model.pt", weights_only=True))
-    last = torch.load(trained / "checkpoint_epoch=2.pt", weights_only=True)
+    last = torch.load(trained / "last.pt", weights_only=True)
     assert set(last) == {"model", "optimizer", "lr_scheduler"}
-    assert [path.name for path in trained.glob("checkpoint*")] == ["checkpoint_epoch=2.pt"]
+    assert last["lr_scheduler"]["last_epoch"] == 4  # two epochs of two steps
+    assert {path.name for path in trained.glob("*.pt")} == {"model.pt", "last.pt"}
     assert list(trained.glob("events.out.tfevents*"))
 
 
@@ -79,9 +80,18 @@ def test_training_again_keeps_the_earlier_weights(dataset, trained, tmp_path):
     shutil.copy(trained / "model.pt", tmp_path)
     result = train(dataset, tmp_path)
     assert result.returncode == 0, result.stderr
-    earlier = [path for path in tmp_path.glob("model-*.pt")]
+    earlier = list(tmp_path.glob("model-*.pt"))
     assert [path.read_bytes() for path in earlier] == [(trained / "model.pt").read_bytes()]
     assert str(earlier[0]) in result.stdout
+
+
+def test_training_of_fewer_epochs_than_the_interval_saves_its_own_network(dataset, tmp_path):
+    result = train(dataset, tmp_path, "--epochs", "3", "--val_interval", "2")
+    assert result.returncode == 0, result.stderr
+    assert [f"Epoch[{n}] Metrics -- val" in result.stdout for n in (1, 2, 3)] == [False, True, True]
+    result = train(dataset, tmp_path / "short", "--val_interval", "10")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "short" / "model.pt").exists()
 
 
 def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tmp_path):
@@ -94,9 +104,10 @@ def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tm
     assert list(rows[0]) == ["subject", *names]
     assert [row["subject"] for row in rows] == ["9"]
     percent = [f"{100 * float(rows[0][f'dice_{tissue}']):.2f}" for tissue in ("csf", "gm", "wm", "mean")]
+    assert (tmp_path / "metrics.md").read_text() in result.stdout
     assert "| Subject | CSF | GM | WM | Average |" in result.stdout
     assert f"| 9 | {' | '.join(percent)} |" in result.stdout
-    assert (tmp_path / "subject-9.png").stat().st_size > 10_000
+    assert (tmp_path / "subject-9-scored.png").stat().st_size > 10_000
 
 
 def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, segmented, tmp_path):
@@ -110,6 +121,41 @@ def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, se
     assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
 
 
+def test_scores_and_volumes_on_another_grid_are_those_of_the_files(brains, tmp_path):
+    """Voxels of 2 x 1 x 0.5 mm, axes turned: the subject's own grid counts, not the network's."""
+    data = tmp_path / "data"
+    affine = np.array([[0, 2.0, 0, 0], [0, 0, -1.0, 0], [0.5, 0, 0, 0], [0, 0, 0, 1]])
+    for kind, values in brains[0].items():
+        stored = np.repeat(values[::2], 2, axis=2).transpose(2, 0, 1)[:, ::-1, ::-1]
+        save_volume(data / f"subject-9-{kind}.nii.gz", stored, affine)
+    assert evaluate(data, tmp_path / "scores").returncode == 0
+    assert segment(data, tmp_path / "labels", "--subjects", "9").returncode == 0
+    label, segmentation = (
+        nib.load(path) for path in (data / "subject-9-label.nii.gz", tmp_path / "labels" / "subject-9-label.nii.gz")
+    )
+    assert segmentation.shape == label.shape
+    np.testing.assert_array_equal(segmentation.affine, affine)
+    pair = [torch.from_numpy(np.asarray(image.dataobj)[None].copy()) for image in (segmentation, label)]
+    expected = tissue_scores(*pair, spacing=(0.5, 2, 1))
+    row = read_table(tmp_path / "scores" / "metrics.csv")[0]
+    assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
+    # voxels of one cubic millimetre
+    volumes = read_table(tmp_path / "labels" / "volumes.csv")[0]
+    assert float(volumes["gm_ml"]) == pytest.approx(np.count_nonzero(np.asarray(segmentation.dataobj) == 2) / 1000)
+
+
+def test_subject_that_fills_little_of_its_volume(brains, tmp_path):
+    """The brain's box is far smaller than the file, and the subject has a label, which is left alone."""
+    data = tmp_path / "data"
+    for kind, values in brains[0].items():
+        save_volume(data / f"subject-9-{kind}.nii.gz", np.pad(values, ((60, 40), (0, 50), (70, 0))))
+    save_volume(data / "subject-9-label.nii.gz", np.full((160, 122, 134), 77, np.uint8))
+    result = segment(data, tmp_path / "labels", "--subjects", "[9]")
+    assert result.returncode == 0, result.stderr
+    labels = np.asarray(nib.load(tmp_path / "labels" / "subject-9-label.nii.gz").dataobj)
+    assert np.array_equal(labels > 0, np.pad(brains[0]["T1"], ((60, 40), (0, 50), (70, 0))) > 0)
+
+
 def test_segmentation_opens_beside_the_t1(dataset, segmented):
     for subject in ("9", "11"):
         t1 = nib.load(dataset / f"subject-{subject}-T1.hdr")
@@ -120,7 +166,7 @@ def test_segmentation_opens_beside_the_t1(dataset, segmented):
         assert values.dtype == np.uint8
         assert set(np.unique(values)) <= {0, 1, 2, 3}
         assert not values[np.asarray(t1.dataobj) == 0].any()
-        assert (segmented / f"subject-{subject}.png").stat().st_size > 10_000
+        assert (segmented / f"subject-{subject}-label.png").stat().st_size > 10_000
 
 
 def test_volumes_are_those_of_the_segmentation(segmented):
@@ -137,7 +183,7 @@ def test_volumes_are_those_of_the_segmentation(segmented):
 def test_unlabelled_subjects_are_segmented_by_default_also_as_analyze(dataset, tmp_path):
     result = segment(dataset, tmp_path, "--label_suffix", ".hdr")
     assert result.returncode == 0, result.stderr
-    names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11.png", "volumes.csv"}
+    names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11-label.png", "volumes.csv"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert set(np.unique(np.asarray(nib.load(tmp_path / "subject-11-label.hdr").dataobj))) <= {0, 10, 150, 250}
 
@@ -195,12 +241,23 @@ def test_both_command_styles_from_another_directory(dataset, tmp_path):
     assert (tmp_path / "labels" / "subject-11-label.nii.gz").exists()
 
 
+@pytest.mark.parametrize("place", [".", "labels"])
+def test_segmentations_are_not_written_among_the_subjects(own_dataset, place):
+    data = own_dataset()
+    before = sorted(data.iterdir())
+    result = segment(data, data / place)
+    assert result.returncode != 0
+    assert last_line(result).startswith("error: ")
+    assert "choose an --output_dir outside" in last_line(result)
+    assert sorted(data.iterdir()) == before
+
+
 def nothing_written(output: Path) -> bool:
     return not output.exists() or not any(output.iterdir())
 
 
 def assert_refused(result, output: Path, *words: str) -> None:
-    assert result.returncode not in (0, None)
+    assert result.returncode != 0
     message = last_line(result)
     assert message.startswith("error: ")
     assert "Traceback" not in result.stderr
@@ -279,7 +336,10 @@ def test_damaged_subject(own_dataset, tmp_path, damage):
     data = own_dataset()
     message = damage(data)
     output = tmp_path / "out"
-    assert_refused(train(data, output), output, message)
+    shutil.copy(ROOT / "models" / "model.pt", tmp_path)
+    result = train(data, output, "--ckpt_dir", str(tmp_path))
+    assert_refused(result, output, message)
+    assert [path.name for path in tmp_path.glob("*.pt")] == ["model.pt"]
 
 
 @pytest.mark.parametrize("damage", [truncated_image, empty_foreground])
@@ -288,6 +348,18 @@ def test_damaged_subject_when_segmenting(own_dataset, tmp_path, damage):
     message = damage(data)
     output = tmp_path / "out"
     assert_refused(segment(data, output, "--subjects", "[1]"), output, message)
+
+
+def test_damaged_subject_after_a_good_one(own_dataset, tmp_path):
+    data = own_dataset()
+    message = truncated_image(data)
+    output = tmp_path / "out"
+    result = segment(data, output, "--subjects", "[9,1]")
+    assert result.returncode != 0
+    assert message in last_line(result)
+    # what was finished is whole, and of the other there is nothing
+    assert {path.name for path in output.iterdir()} == {"subject-9-label.nii.gz", "subject-9-label.png", "volumes.csv"}
+    assert [row["subject"] for row in read_table(output / "volumes.csv")] == ["9"]
 
 
 def test_damaged_subject_when_evaluating(own_dataset, tmp_path):
@@ -309,6 +381,12 @@ def test_missing_checkpoint(dataset, tmp_path):
     output = tmp_path / "out"
     result = segment(dataset, output, "--ckpt_dir", str(tmp_path))
     assert_refused(result, output, f"{tmp_path}/model.pt: no such checkpoint")
+
+
+@pytest.mark.parametrize(("setting", "value"), [("--precision", "fp16"), ("--label_suffix", ".mha")])
+def test_setting_with_an_unknown_value(dataset, tmp_path, setting, value):
+    output = tmp_path / "out"
+    assert_refused(segment(dataset, output, setting, value), output, setting.strip("-"), value)
 
 
 def test_validation_subject_that_does_not_exist(dataset, tmp_path):

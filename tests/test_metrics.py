@@ -90,9 +90,9 @@ def test_volumes_in_millilitres():
 
 def test_table_in_percent():
     rows = [
-        {"subject": "1", "dice_csf": 0.93664, "dice_gm": 0.908, "dice_wm": 0.9065, "dice_mean": 0.91705},
-        {"subject": "2", "dice_csf": 0.5, "dice_gm": 1.0, "dice_wm": 0.0, "dice_mean": 0.5},
+        {"subject": "1", "dice_csf": 0.93664, "dice_gm": 0.908, "dice_wm": 0.9064, "dice_mean": 0.91705},
+        {"subject": "2", "dice_csf": 0.5, "dice_gm": 1.0, "dice_wm": 0.1, "dice_mean": 0.6},
     ]
-    assert dice_table(rows[:1]).splitlines()[-1] == "| 1 | 93.66 | 90.80 | 90.65 | 91.70 |"
+    assert dice_table(rows[:1]).splitlines()[-1] == "| 1 | 93.66 | 90.80 | 90.64 | 91.70 |"
     assert dice_table(rows).splitlines()[0] == "| Subject | CSF | GM | WM | Average |"
-    assert dice_table(rows).splitlines()[-1] == "| mean | 71.83 | 95.40 | 45.33 | 70.85 |"
+    assert dice_table(rows).splitlines()[-1] == "| mean | 71.83 | 95.40 | 50.32 | 75.85 |"

@@ -1,3 +1,5 @@
+import time
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from scripts.synthesis import histogram_overlap
 def folder(tmp_path_factory):
     """Two labelled subjects and one without label, of the command's own making."""
     directory = tmp_path_factory.mktemp("phantom")
+    started = time.monotonic()
     result = bundle(
         "phantom",
         "--output_dir",
@@ -26,6 +29,7 @@ def folder(tmp_path_factory):
     )
     assert result.returncode == 0, result.stderr
     assert str(directory) in result.stdout
+    assert time.monotonic() - started < 3 * 15
     return directory
 
 
@@ -97,6 +101,8 @@ def test_what_is_there_is_kept(folder, capsys):
 def test_subjects_of_somebody_else_are_neither_kept_nor_overwritten(folder, tmp_path):
     with pytest.raises(InputError, match=r"subject-1-T1.hdr: .*choose another --output_dir"):
         phantom(str(folder), subjects=1, unlabeled=0, seed=6)
+    with pytest.raises(InputError, match=r"subject-2-label.hdr: subject 2 shall have no label"):
+        phantom(str(folder), subjects=1, unlabeled=1, seed=5)
     (tmp_path / "subject-1-T1.hdr").write_bytes(b"precious")
     result = bundle("phantom", "--output_dir", str(tmp_path), "--subjects", "1", module="scripts")
     assert result.returncode != 0
@@ -104,7 +110,9 @@ def test_subjects_of_somebody_else_are_neither_kept_nor_overwritten(folder, tmp_
     assert (tmp_path / "subject-1-T1.hdr").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("numbers", [{"subjects": 0}, {"subjects": -1}, {"unlabeled": -1}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "numbers", [{"subjects": 0}, {"subjects": 2.5}, {"subjects": "a"}, {"unlabeled": -1}, {"seed": -1}]
+)
 def test_impossible_numbers(tmp_path, numbers):
     with pytest.raises(InputError, match=next(iter(numbers))):
         phantom(str(tmp_path), **numbers)

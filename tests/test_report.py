@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, segmentation_picture
+from scripts.report import DISAGREEMENT_COLOR, segmentation_picture
 
 
 def pixels(figure) -> np.ndarray:
@@ -35,7 +35,18 @@ def test_each_tissue_has_its_colour_and_a_disagreement_is_red():
     image = pixels(figure)
     red = np.array(matplotlib.colors.to_rgb(DISAGREEMENT_COLOR))
     assert (np.abs(image - red).max(axis=-1) < 0.02).any()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(TISSUE_COLORS)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CSF", "GM", "WM"]
+
+
+def test_the_subjects_right_is_on_the_left_of_the_picture():
+    t1, label = volumes(np.eye(4))  # x runs to the subject's right
+    axial, _, coronal = segmentation_picture(t1, label).axes[:3]
+    for axis in (axial, coronal):
+        assert [text.get_text() for text in axis.texts] == ["R"]
+    segmentation = segmentation_picture(t1, label).axes[1].images[1].get_array()
+    assert segmentation.shape == (30, 20)
+    assert set(segmentation[:, 0].tolist()) == {3.0}  # white matter, the rightmost layer
+    assert set(segmentation[:, -1].tolist()) == {1.0}
 
 
 def test_without_a_label_nothing_is_compared():

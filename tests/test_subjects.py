@@ -5,6 +5,7 @@ import pytest
 from scripts.errors import InputError
 from scripts.subjects import (
     find_subjects,
+    require_apart,
     require_subjects,
     subjects_to_segment,
     training_subjects,
@@ -69,7 +70,10 @@ def test_split(tmp_path):
     root = str(tmp_path)
     assert ids(training_subjects(root, [9])) == ["1", "2", "10"]
     assert ids(validation_subjects(root, [9, "1"])) == ["9", "1"]
+    assert ids(validation_subjects(root, 9)) == ["9"]
+    assert ids(training_subjects(root, "9")) == ["1", "2", "10"]
     assert ids(subjects_to_segment(root, None)) == ["11"]
+    assert all("label" not in subject for subject in subjects_to_segment(root, [2]))
     assert ids(subjects_to_segment(root, [11, 2])) == ["11", "2"]
 
 
@@ -103,6 +107,15 @@ def test_ids_that_are_not_there(tmp_path):
         validation_subjects(str(tmp_path), [1])
     with pytest.raises(InputError, match="subjects names subject 2"):
         subjects_to_segment(str(tmp_path), [2])
+
+
+def test_output_among_the_subjects(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for output in ("data", "data/labels", "data/../data", "link/x"):
+        with pytest.raises(InputError, match="lies in the dataset"):
+            require_apart(str(tmp_path / "data"), str(tmp_path / output))
+    for output in ("", "labels", "data-labels"):
+        require_apart(str(tmp_path / "data"), str(tmp_path / output))
 
 
 def test_nothing_to_work_on(tmp_path):

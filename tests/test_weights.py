@@ -1,10 +1,10 @@
 import pytest
 import torch
-from ignite.engine import Engine
+from ignite.engine import Engine, Events
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.weights import WholeCheckpointSaver, keep_earlier_weights, load_weights
+from scripts.weights import EarlierWeightsKeeper, WholeCheckpointSaver, load_weights
 
 
 @pytest.fixture
@@ -54,11 +54,17 @@ def test_truncated_checkpoint(checkpoint):
         load_weights(network, str(path))
 
 
+def keep_earlier_weights(path):
+    engine = Engine(lambda engine, batch: None)
+    EarlierWeightsKeeper(str(path)).attach(engine)
+    engine.run([0])
+
+
 def test_earlier_weights_stay_beside_the_new(checkpoint, capsys):
     path, _ = checkpoint
     content = path.read_bytes()
-    keep_earlier_weights(str(path))
-    keep_earlier_weights(str(path))
+    for _ in range(2):
+        keep_earlier_weights(path)
     path.write_bytes(b"trained anew")
     copies = [p for p in path.parent.iterdir() if p != path]
     assert len(copies) == 1
@@ -67,23 +73,41 @@ def test_earlier_weights_stay_beside_the_new(checkpoint, capsys):
 
 
 def test_no_earlier_weights(tmp_path):
-    keep_earlier_weights(str(tmp_path / "model.pt"))
+    keep_earlier_weights(tmp_path / "model.pt")
     assert not list(tmp_path.iterdir())
 
 
-def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ({"save_interval": 1, "n_saved": 1}, "model_epoch=1.pt"),
+        ({"save_interval": 1, "n_saved": 1, "interval_filename": "last.pt"}, "last.pt"),
+        ({"save_key_metric": True, "key_metric_filename": "model.pt"}, "model.pt"),
+    ],
+)
+def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, monkeypatch, arguments, name):
     network = torch.nn.Linear(2, 2)
     engine = Engine(lambda engine, batch: None)
-    WholeCheckpointSaver(str(tmp_path), {"model": network}, save_final=True, final_filename="last.pt").attach(engine)
+    engine.state.key_metric_name = "dice"
+
+    @engine.on(Events.EPOCH_COMPLETED)
+    def improve():
+        engine.state.metrics["dice"] = engine.state.epoch / 10
+
+    WholeCheckpointSaver(save_dir=str(tmp_path), save_dict={"model": network}, **arguments).attach(engine)
     engine.run([0])
-    former = (tmp_path / "last.pt").read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    former = (tmp_path / name).read_bytes()
 
     def broken(state, file):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
-    monkeypatch.setattr(torch, "save", broken)
-    with pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+        patch.setattr(torch, "save", broken)
         engine.run([0], max_epochs=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
-    assert (tmp_path / "last.pt").read_bytes() == former
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == former
+
+    engine.run([0], max_epochs=3)
+    assert len(list(tmp_path.iterdir())) == 1

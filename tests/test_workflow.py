@@ -1,5 +1,6 @@
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -18,9 +19,10 @@ EVALUATE = str(ROOT / "configs" / "evaluate.json")
         ["run", "training", "--config_file", TRAIN, "--epochs", "3"],
         ["run", "training", "--config_file", TRAIN, "--epochs=3", "--val_subjects=[1]", "--seed", "-1"],
         ["run", "evaluating", "--config_file", f"['{TRAIN}','{EVALUATE}']", "--dataset-dir", "x"],
-        ["run", "evaluating", "--config_file", f"[{TRAIN},{EVALUATE}]", "--dataset-dir", "x"],
         ["run", "--config_file", f"{TRAIN},{EVALUATE}", "--run_id", "training", "--logging_file", "x"],
         ["run", "--config_file", TRAIN, "--tracking", "mlflow", "--train#trainer#max_epochs", "3"],
+        ["run", "--config_file", TRAIN, "--train::dataset::cache_rate", "0.5", "--loss#_target_", "x"],
+        ["run", "--config_file", TRAIN, "--train#handlers#0#print_lr", "True", "-epochs", "3"],
         ["--unrelated", "program"],
     ],
 )
@@ -28,10 +30,24 @@ def test_known_overrides(arguments):
     refuse_unknown_overrides(arguments)
 
 
-@pytest.mark.parametrize("typo", [["--epocs", "1"], ["--epocs=1"]])
+@pytest.mark.parametrize("typo", [["--epocs", "1"], ["--epocs=1"], ["-epocs", "1"]])
 def test_unknown_override_gets_the_near_name(typo):
     with pytest.raises(InputError, match=r"--epocs: no such setting; did you mean --epochs\?"):
         refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, *typo])
+
+
+@pytest.mark.parametrize(
+    ("typo", "near"),
+    [
+        ("train#trainer#max_epoch", "train::trainer::max_epochs"),
+        ("train#hanlders", "train::handlers"),
+        ("train::handlers::99", "known are"),
+        ("network_def#growth_rte", "network_def::growth_rate"),
+    ],
+)
+def test_unknown_nested_override(typo, near):
+    with pytest.raises(InputError, match=f"--{typo}: no such setting; .*{near}"):
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, f"--{typo}", "1"])
 
 
 def test_unknown_override_without_a_near_name_gets_all():
@@ -59,6 +75,15 @@ def test_input_error_is_shown_in_one_line_and_others_in_full(capsys, monkeypatch
             sys.excepthook(type(error), error, error.__traceback__)
         printed = capsys.readouterr().err
         assert printed == shown if shown.startswith("error") else printed.startswith(shown)
+
+
+def test_memory_setting_tells_glibc(monkeypatch):
+    told = {}
+    monkeypatch.setattr("platform.libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr("ctypes.CDLL", lambda name: SimpleNamespace(mallopt=told.__setitem__))
+    keep_freed_memory()
+    # M_MMAP_MAX: no block is mapped on its own; M_TRIM_THRESHOLD: none goes back
+    assert told == {-4: 0, -1: 2**31 - 1}
 
 
 def test_memory_setting_is_harmless_elsewhere(monkeypatch):

@@ -4,6 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from scripts.errors import InputError
 from scripts.writers import LabelSaver, whole_files, write_analyze, write_csv, write_label
 
 RNG = np.random.default_rng(1)
@@ -64,5 +65,5 @@ def test_analyze_label_of_a_nifti_t1_keeps_its_affine(tmp_path):
 
 
 def test_unknown_suffix():
-    with pytest.raises(ValueError, match=r"suffix must be .* got '.mha'"):
+    with pytest.raises(InputError, match=r"label_suffix must be .* got '.mha'"):
         LabelSaver("out", ".mha")
