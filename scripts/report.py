@@ -105,7 +105,8 @@ class PictureSaver:
 
     def save(self, engine: Engine) -> None:
         for item in segmented_subjects(engine):
-            figure = segmentation_picture(item["t1"], item["pred"], item.get("label"), f"subject {item['subject']}")
-            name = f"subject-{item['subject']}-{'scored' if 'label' in item else 'label'}.png"
+            subject, label = item["subject"], item.get("label")
+            figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}")
+            name = f"subject-{subject}-{'label' if label is None else 'scored'}.png"
             with whole_files(self.output_dir) as temporary, matplotlib.rc_context({"savefig.facecolor": "black"}):
                 figure.savefig(temporary / name, dpi=80)

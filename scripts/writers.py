@@ -82,8 +82,8 @@ def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
     """What an evaluator has at hand of each subject of its present batch, for handlers at ITERATION_COMPLETED.
 
     Yields:
-        A dict with `subject` (id), `t1` (intensities), `pred` and, where there is one, `label` (0 background, 1 CSF,
-        2 GM, 3 WM), the three as MetaTensor (1, X, Y, Z) on the grid of the T1 file.
+        A dict with `subject` (id), `t1` (intensities), `pred` and `label` (0 background, 1 CSF, 2 GM, 3 WM), the three
+        as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none.
     """
     for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
         yield {**batch, **output}

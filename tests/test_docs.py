@@ -1,5 +1,6 @@
 """Every command in the pages is run, in a copy of the bundle, on small subjects."""
 
+import json
 import re
 import shlex
 import shutil
@@ -71,9 +72,20 @@ def test_make_knows_the_target(command):
     assert result.returncode == 0, result.stderr
 
 
-def test_settings_in_the_table_exist_with_those_defaults():
-    import json
+def test_model_card_states_the_settings_that_are_used():
+    card = (ROOT / "docs" / "README.md").read_text()
+    train, demo = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("train", "demo"))
+    makefile = (ROOT / "Makefile").read_text()
+    weights_epochs = re.search(r"--epochs (\d+) --output_dir eval/weights", makefile)[1]
+    stated = [
+        (train["epochs"], train["crops_per_epoch"], train["learning_rate"]),
+        (weights_epochs, demo["crops_per_epoch"], demo["learning_rate"]),
+    ]
+    for epochs, crops, learning_rate in stated:
+        assert f"{epochs} epochs of {crops} patches, highest learning rate {learning_rate}" in card
 
+
+def test_settings_in_the_table_exist_with_those_defaults():
     train, inference = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("train", "inference"))
     rows = re.findall(r"^\| (`.*?`) \|.*\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
     settings = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names) if "/" not in names}
