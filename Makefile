@@ -57,6 +57,7 @@ $(VENV)/bin/pip:
 
 # torch first and alone, so that a CPU build that is at hand is taken
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/pip
+	@echo "installing torch, MONAI and what they need into $(VENV): over 1 GB, some minutes the first time"
 	$(VENV)/bin/pip install --quiet $$(grep '^torch==' requirements.txt)
 	$(VENV)/bin/pip install --quiet -r requirements.txt
 	@touch $@

@@ -1,10 +1,34 @@
 """`python -m scripts COMMAND`: the commands that MONAI's bundle commands don't cover."""
 
+import inspect
+import sys
+
 import fire
 
-from scripts.errors import show_input_errors_in_one_line
+from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.phantom import phantom
+from scripts.workflow import given_options, nearest
+
+COMMANDS = {"phantom": phantom}
+
+
+def refuse_unknown_options(arguments: list[str]) -> None:
+    """Refuse a misspelt option before the command runs; `fire` would complain only afterwards.
+
+    Raises:
+        InputError: an option isn't known, with the nearest known one.
+    """
+    command = COMMANDS.get(arguments[0]) if arguments else None
+    if command is None:
+        return
+    known = inspect.signature(command).parameters
+    for name in given_options(arguments[1:]):
+        if name not in known and name != "help":
+            hint = nearest(name, known) or ", --".join(known)
+            raise InputError(f"--{name}: no such option of {arguments[0]}; did you mean --{hint}?")
+
 
 if __name__ == "__main__":
     show_input_errors_in_one_line()
-    fire.Fire({"phantom": phantom}, name="python -m scripts")
+    refuse_unknown_options(sys.argv[1:])
+    fire.Fire(COMMANDS, name="python -m scripts")

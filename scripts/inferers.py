@@ -1,24 +1,53 @@
 """Precision, memory layout and window size around MONAI's inferers."""
 
 import copy
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from monai.inferers import Inferer, SlidingWindowInferer
 
 from scripts.errors import InputError
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+# Memory of a forward pass for each voxel of a window, in bytes: the largest measured of both published variants, with
+# a quarter on top. Half precision halves it.
+BYTES_PER_VOXEL = 1000
+
+logger = logging.getLogger(__name__)
 
 
-def fast_precision(device: torch.device) -> torch.dtype:
-    """bfloat16 where the device computes it in hardware, else float32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
+def network_precision(device: torch.device, precision: str) -> torch.dtype:
+    """The type in which the network computes.
+
+    Args:
+        device: where it computes.
+        precision: 'fp32', 'bf16', 'fp16' (GPU only), or 'auto' for the fastest that is safe: on a GPU bfloat16, or
+            float16 where it lacks that; on a CPU bfloat16 if computed in hardware; else float32.
+
+    Raises:
+        InputError: another precision is asked for, or float16 elsewhere than on a GPU.
+    """
+    if precision == "auto":
+        if device.type == "cuda":
+            return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
         fast = device.type == "cpu" and torch.cpu.get_capabilities().get("avx512_bf16", False)
-    return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if fast else torch.float32
+    if precision not in PRECISIONS:
+        raise InputError(f"--precision {precision}: must be auto, {', '.join(PRECISIONS)}")
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16: is for a GPU; use bf16 or auto on a processor")
+    return PRECISIONS[precision]
+
+
+def needs_loss_scaling(device: torch.device | str, precision: str) -> bool:
+    """Whether training wants a GradScaler: with float16, whose small gradients vanish. For `amp` of MONAI's trainer."""
+    return network_precision(torch.device(device), precision) == torch.float16
 
 
 class MixedPrecisionInferer(Inferer):
@@ -31,42 +60,89 @@ class MixedPrecisionInferer(Inferer):
 
     Args:
         inferer: the inferer that calls the network.
-        precision: 'auto' (see `fast_precision`), 'fp32' or 'bf16'.
+        precision: see `network_precision`.
 
     Raises:
-        InputError: another precision is asked for.
+        InputError: as `network_precision`, when called.
     """
 
     def __init__(self, inferer: Inferer, precision: str = "auto") -> None:
         super().__init__()
-        if precision not in ("auto", *PRECISIONS):
-            raise InputError(f"precision must be 'auto', 'fp32' or 'bf16', got {precision!r}")
         self.inferer = inferer
         self.precision = precision
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        dtype = fast_precision(inputs.device) if self.precision == "auto" else PRECISIONS[self.precision]
+        dtype = network_precision(inputs.device, self.precision)
 
         def run(patch: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             patch = patch.contiguous(memory_format=torch.channels_last_3d)
-            with torch.autocast(patch.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                return network(patch, *args, **kwargs).float()
+            return network(patch, *args, **kwargs).float()
 
-        return self.inferer(inputs, run, *args, **kwargs)
+        with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32):
+            return self.inferer(inputs, run, *args, **kwargs)
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that can be allocated on a device: what is free on a GPU; else what system, container and user leave."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [psutil.virtual_memory().available]
+    process = psutil.Process()
+    group = Path("/sys/fs/cgroup")  # the container's, in version 2
+    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
+        limits.append(int(limit) - int((group / "memory.current").read_text()))
+    if hasattr(process, "rlimit"):  # Linux
+        allowed = process.rlimit(psutil.RLIMIT_AS)[0]
+        if allowed != psutil.RLIM_INFINITY:
+            limits.append(allowed - process.memory_info().vms)
+    return max(0, min(limits))
+
+
+def fitting_window(size: Sequence[int], voxels: float, step: int = 16) -> list[int]:
+    """The largest window of about that many voxels over a volume: the longest side is shortened again and again.
+
+    Args:
+        size: of the volume, multiples of `step`.
+        voxels: that a window may have.
+        step: sides are multiples of it, and are not made shorter than four of it.
+    """
+    window = list(size)
+    while math.prod(window) > voxels and max(window) > 4 * step:
+        longest = window.index(max(window))
+        window[longest] -= step
+    return window
 
 
 class LargestWindowInferer(SlidingWindowInferer):
-    """Sliding windows that are never larger than the volume, so that a small one is taken whole and unpadded.
+    """Sliding windows as large as memory allows: one pass over the volume if it fits.
 
-    Padding would be with 0, which after normalisation is the brain's mean and not background. Arguments as
-    `SlidingWindowInferer`.
+    A window is never larger than the volume: padding would be with 0, which after normalisation is the brain's mean
+    and not background. The choice is logged. Arguments as MONAI's `SlidingWindowInferer`, but for:
+
+    Args:
+        roi_size: 'auto', or the largest window, multiples of the network's stride.
     """
+
+    def __init__(self, roi_size: Sequence[int] | str = "auto", **kwargs: Any) -> None:
+        self.automatic = roi_size == "auto"
+        super().__init__(roi_size=(0, 0, 0) if self.automatic else roi_size, **kwargs)
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
+        size = list(inputs.shape[2:])
         fitting = copy.copy(self)
-        fitting.roi_size = [min(window, size) for window, size in zip(self.roi_size, inputs.shape[2:], strict=True)]
+        if self.automatic:
+            half = torch.is_autocast_enabled(inputs.device.type)
+            available = available_memory(inputs.device)
+            fitting.roi_size = fitting_window(size, available / (BYTES_PER_VOXEL / (2 if half else 1)))
+            reason = f"{available / 1e9:.1f} GB available"
+        else:
+            fitting.roi_size = [min(window, side) for window, side in zip(self.roi_size, size, strict=True)]
+            reason = f"window_size {self.roi_size}"
+        window = " x ".join(map(str, fitting.roi_size))
+        ways = "one pass over" if fitting.roi_size == size else f"windows of {window} over"
+        logger.info("%s %s voxels (%s)", ways, " x ".join(map(str, size)), reason)
         return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)

@@ -12,8 +12,9 @@ from monai.engines import Evaluator
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from monai.networks import one_hot
 
+from scripts.errors import InputError
 from scripts.transforms import Tissue
-from scripts.writers import segmented_subjects, whole_files, write_csv
+from scripts.writers import read_csv, segmented_subjects, whole_files, write_csv
 
 TISSUES = tuple(tissue.name.lower() for tissue in Tissue)
 
@@ -77,6 +78,9 @@ class _SubjectTable(ABC):
 
     def gather(self, engine: Engine) -> None:
         self.rows += [{"subject": item["subject"]} | self.measure(item) for item in segmented_subjects(engine)]
+        self.write()
+
+    def write(self) -> None:
         write_csv(self.path, self.rows)
 
     @abstractmethod
@@ -99,7 +103,7 @@ class ScoreTable(_SubjectTable):
         return tissue_scores(item["pred"].as_tensor().cpu(), item["label"].as_tensor().cpu(), spacing)
 
     def finish(self) -> None:
-        table = dice_table(self.rows)
+        table = f"Dice in percent\n\n{dice_table(self.rows)}"
         with whole_files(self.path.parent) as temporary:
             (temporary / self.path.with_suffix(".md").name).write_text(table + "\n")
         print(table)
@@ -107,13 +111,34 @@ class ScoreTable(_SubjectTable):
 
 
 class VolumeTable(_SubjectTable):
-    """Handler that measures each segmented subject, by `tissue_volumes`."""
+    """Handler that measures each segmented subject, by `tissue_volumes`.
+
+    Rows of other subjects that the table has from earlier runs stay in it, as their label images stay in the folder.
+
+    Raises:
+        InputError: when the engine starts, if the file is there and is another table.
+    """
+
+    columns = ("subject", *(f"{name}_ml" for name in (*TISSUES, "brain")))
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.read_earlier)
+        super().attach(engine)
+
+    def read_earlier(self) -> None:
+        self.earlier = read_csv(self.path) if self.path.exists() else []
+        if self.earlier and tuple(self.earlier[0]) != self.columns:
+            raise InputError(f"{self.path}: is there already and isn't a table of volumes; choose another --output_dir")
+
+    def write(self) -> None:
+        measured = {row["subject"] for row in self.rows}
+        write_csv(self.path, [row for row in self.earlier if row["subject"] not in measured] + self.rows)
 
     def measure(self, item: dict[str, Any]) -> dict[str, float]:
         return tissue_volumes(item["pred"])
 
     def finish(self) -> None:
-        print(f"segmented {len(self.rows)} subjects; labels and volumes in {self.path.parent}")
+        print(f"subjects segmented: {len(self.rows)}; labels and volumes: {self.path.parent}")
 
 
 def dice_table(rows: list[dict[str, Any]]) -> str:

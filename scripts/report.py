@@ -1,18 +1,21 @@
 """Pictures by which a person judges a segmentation."""
 
+import time
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import nibabel as nib
 import numpy as np
+import psutil
 from ignite.engine import Engine, Events
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from monai.data import MetaTensor
+from monai.engines import IterationEvents
 
 from scripts.transforms import Tissue
-from scripts.writers import segmented_subjects, whole_files
+from scripts.writers import BackgroundWriter, whole_files
 
 TISSUE_COLORS = {Tissue.CSF: "#3b82f6", Tissue.GM: "#22c55e", Tissue.WM: "#facc15"}
 DISAGREEMENT_COLOR = "#ef4444"
@@ -57,8 +60,9 @@ def segmentation_picture(
         truth = _canonical(label)[box]
         overlays |= {"label": truth, "disagreement": truth != segmented[box]}
     figure = Figure(figsize=(3.2 * len(overlays), 10), layout="constrained", facecolor="black")
-    axes = figure.subplots(3, len(overlays))
     grey = _slices(t1_values[box], centre)
+    heights = [aspect * slice_.shape[0] / slice_.shape[1] for slice_, aspect in zip(grey, aspects, strict=True)]
+    axes = figure.subplots(3, len(overlays), height_ratios=heights)
     brightest = np.percentile(t1_values[t1_values > 0], 99.5)
     for column, (name, overlay) in enumerate(overlays.items()):
         axes[0, column].set_title(name, color="white")
@@ -67,7 +71,7 @@ def segmentation_picture(
             axis.imshow(slice_, cmap="gray", vmin=0, vmax=brightest, origin="lower", aspect=aspect)
             axis.axis("off")
             if row < 2:  # axial and coronal
-                axis.text(0.02, 0.5, "R", color="white", transform=axis.transAxes, verticalalignment="center")
+                axis.text(0.02, 0.98, "R", color="white", transform=axis.transAxes, verticalalignment="top")
             if overlay is None:
                 continue
             marks = _slices(overlay, centre)[row]
@@ -76,10 +80,13 @@ def segmentation_picture(
                 axis.imshow(marks, cmap=ListedColormap([DISAGREEMENT_COLOR]), origin="lower", aspect=aspect)
             else:
                 axis.imshow(marks, cmap=colors, vmin=1, vmax=3, alpha=0.45, origin="lower", aspect=aspect)
+    patches = [Patch(color=color, label=tissue.name) for tissue, color in TISSUE_COLORS.items()]
+    if label is not None:
+        patches.append(Patch(color=DISAGREEMENT_COLOR, label="disagreement"))
     figure.legend(
-        handles=[Patch(color=color, label=tissue.name) for tissue, color in TISSUE_COLORS.items()],
+        handles=patches,
         loc="outside lower center",
-        ncols=3,
+        ncols=len(patches),
         facecolor="black",
         labelcolor="white",
     )
@@ -87,7 +94,7 @@ def segmentation_picture(
     return figure
 
 
-class PictureSaver:
+class PictureSaver(BackgroundWriter):
     """Handler that draws each subject of an evaluator by `segmentation_picture`.
 
     The file is `subject-<id>-scored.png` where there is a label, else `subject-<id>-label.png`.
@@ -97,16 +104,50 @@ class PictureSaver:
     """
 
     def __init__(self, output_dir: str) -> None:
+        super().__init__()
         self.output_dir = Path(output_dir)
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.save)
+        super().attach(engine)
         engine.add_event_handler(Events.COMPLETED, lambda: print(f"pictures: {self.output_dir}/subject-<id>-*.png"))
 
-    def save(self, engine: Engine) -> None:
-        for item in segmented_subjects(engine):
-            subject, label = item["subject"], item.get("label")
-            figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}")
-            name = f"subject-{subject}-{'label' if label is None else 'scored'}.png"
-            with whole_files(self.output_dir) as temporary, matplotlib.rc_context({"savefig.facecolor": "black"}):
-                figure.savefig(temporary / name, dpi=80)
+    def write(self, item: dict[str, Any]) -> None:
+        subject, label = item["subject"], item.get("label")
+        figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}")
+        name = f"subject-{subject}-{'label' if label is None else 'scored'}.png"
+        with whole_files(self.output_dir) as temporary:
+            figure.savefig(temporary / name, dpi=80, facecolor="black")
+
+
+class TimeReport:
+    """Handler that says where the time of an evaluator's run went. It stands before the handlers that write."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("reading", "network", "back to the own grid", "writing"), 0.0)
+        self.start_up = 0.0
+        self.last = 0.0
+
+    def attach(self, engine: Engine) -> None:
+        """Each span is from the event before it to the one named here."""
+        engine.add_event_handler(Events.STARTED, self.begin)
+        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.end_span, "reading")
+        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.end_span, "network")
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.end_span, "back to the own grid")
+        engine.add_event_handler(Events.GET_BATCH_STARTED, self.end_span, "writing")
+        engine.add_event_handler(Events.COMPLETED, self.tell)
+
+    def begin(self) -> None:
+        self.last = time.time()
+        self.start_up = self.last - psutil.Process().create_time()
+
+    def end_span(self, name: str) -> None:
+        now = time.time()
+        self.seconds[name] += now - self.last
+        self.last = now
+
+    def tell(self, engine: Engine) -> None:
+        self.end_span("writing")
+        subjects = engine.state.iteration
+        spans = ", ".join(f"{name} {seconds / subjects:.2f}" for name, seconds in self.seconds.items())
+        mean = sum(self.seconds.values()) / subjects
+        print(f"time: {self.start_up:.1f} s to start up, then {mean:.2f} s a subject, waiting for {spans}")

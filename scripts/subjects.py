@@ -161,9 +161,11 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
     """
     if chosen:
         return
+    if not Path(dataset_dir).is_dir():
+        raise InputError(f"{dataset_dir}: no such folder; name the folder of the subjects by --dataset_dir")
     found = find_subjects(dataset_dir)
     if not found:
-        raise InputError(f"{dataset_dir}: no subjects found; looked for {EXPECTED_NAMES}")
+        raise InputError(f"{dataset_dir}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
     labeled = sum("label" in subject for subject in found)
     remedy = {
         "train": "training takes the labelled ones that val_subjects doesn't name; add some or name fewer",

@@ -7,19 +7,20 @@ import platform
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pydoc import locate
 from typing import Any
 
+import torch
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
 from monai.bundle.utils import ID_SEP_KEY
-from monai.utils import set_determinism
+from monai.utils import ensure_tuple, set_determinism
 
 from scripts.errors import InputError, show_input_errors_in_one_line
 
 
-def _given_options(arguments: Sequence[str]) -> dict[str, Any]:
+def given_options(arguments: Sequence[str]) -> dict[str, Any]:
     """The options among command-line arguments, as `fire` reads them: `--name value`, `--name=value`, `-name value`."""
     options: dict[str, Any] = {}
     for position, argument in enumerate(arguments):
@@ -52,7 +53,7 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     Raises:
         InputError: a name isn't known, with the nearest known one.
     """
-    options = _given_options(arguments)
+    options = given_options(arguments)
     if "args_file" in options:
         options = ConfigParser.load_config_file(options["args_file"]) | options
     if "config_file" not in options:  # not started from the command line
@@ -61,12 +62,34 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     for name in options:
         *parents, own_name = ReferenceResolver.split_id(name)
         known = _names_at(config, ID_SEP_KEY.join(parents))
-        if not parents:
-            known |= {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
-        if own_name not in known:
-            near = difflib.get_close_matches(own_name, known, n=1)
-            hint = f"did you mean --{ID_SEP_KEY.join([*parents, near[0]])}?" if near else f"known are {sorted(known)}"
+        options_of_monai = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
+        if own_name not in known and (parents or own_name not in options_of_monai):
+            near = nearest(own_name, known)
+            hint = f"did you mean --{ID_SEP_KEY.join([*parents, near])}?" if near else f"known are {sorted(known)}"
             raise InputError(f"--{name}: no such setting; {hint}")
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that is most like a misspelt one, if any is."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
+def require_training_settings(network: torch.nn.Module, patch_size: Sequence[int], **whole_numbers: int) -> None:
+    """Refuse settings that can't train before anything is loaded.
+
+    Args:
+        network: whose `stride` the patch must be a multiple of.
+        patch_size: voxels along each axis, or one number for all three.
+        whole_numbers: settings that must be whole numbers of at least 1, by name.
+
+    Raises:
+        InputError: one of them isn't so.
+    """
+    for name, value in whole_numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise InputError(f"--{name} {value}: must be a whole number of at least 1")
+    if any(not isinstance(side, int) or side < 1 or side % network.stride for side in ensure_tuple(patch_size)):
+        raise InputError(f"--patch_size {patch_size}: must be multiples of {network.stride}, like [64,64,64]")
 
 
 def keep_freed_memory() -> None:

@@ -1,7 +1,9 @@
 """Files that are whole or not there: label images, tables and whatever else a command leaves behind."""
 
 import csv
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,6 +15,12 @@ from ignite.engine import Engine, Events
 
 from scripts.errors import InputError
 from scripts.transforms import ISEG_VALUES
+
+
+def read_csv(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a CSV file with a header line."""
+    with Path(path).open(newline="") as file:
+        return list(csv.DictReader(file))
 
 
 @contextmanager
@@ -89,7 +97,34 @@ def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
         yield {**batch, **output}
 
 
-class LabelSaver:
+class BackgroundWriter(ABC):
+    """Handler that writes something of each subject in a thread, while the next subject is computed.
+
+    At most one subject waits to be written. What goes wrong in the thread is raised at the next subject or at the end.
+    """
+
+    def __init__(self) -> None:
+        self.thread = ThreadPoolExecutor(max_workers=1)
+        self.unfinished: list[Future[None]] = []
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.begin)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def begin(self, engine: Engine) -> None:
+        self.finish()
+        self.unfinished = [self.thread.submit(self.write, item) for item in segmented_subjects(engine)]
+
+    def finish(self) -> None:
+        for written in self.unfinished:
+            written.result()
+
+    @abstractmethod
+    def write(self, item: dict[str, Any]) -> None:
+        """Write what belongs to one subject, given as by `segmented_subjects`."""
+
+
+class LabelSaver(BackgroundWriter):
     """Handler that writes each segmented subject as `subject-<id>-label`.
 
     Args:
@@ -101,15 +136,12 @@ class LabelSaver:
     """
 
     def __init__(self, output_dir: str, suffix: str = ".nii.gz") -> None:
+        super().__init__()
         if suffix not in (".nii.gz", ".nii", ".hdr"):
             raise InputError(f"--label_suffix must be '.nii.gz', '.nii' or '.hdr', got {suffix!r}")
         self.output_dir = Path(output_dir)
         self.suffix = suffix
 
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.save)
-
-    def save(self, engine: Engine) -> None:
-        for item in segmented_subjects(engine):
-            path = self.output_dir / f"subject-{item['subject']}-label{self.suffix}"
-            write_label(path, item["pred"][0].cpu().numpy(), item["t1"].meta["filename_or_obj"])
+    def write(self, item: dict[str, Any]) -> None:
+        path = self.output_dir / f"subject-{item['subject']}-label{self.suffix}"
+        write_label(path, item["pred"][0].cpu().numpy(), item["t1"].meta["filename_or_obj"])

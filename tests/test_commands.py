@@ -1,6 +1,5 @@
 """The bundle's commands as a person runs them: real processes on real files."""
 
-import csv
 import json
 import os
 import shutil
@@ -15,6 +14,7 @@ from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
 from scripts.metrics import tissue_scores
 from scripts.network import SkipDenseSeg
 from scripts.transforms import tissue_labels
+from scripts.writers import read_csv
 
 EVALUATE = "['configs/train.json','configs/evaluate.json']"
 
@@ -41,11 +41,6 @@ def segment(dataset: Path, output: Path, *arguments: str):
         *("run", "--config_file", "configs/inference.json"),
         *("--dataset_dir", str(dataset), "--output_dir", str(output), *arguments),
     )
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +92,7 @@ def test_training_of_fewer_epochs_than_the_interval_saves_its_own_network(datase
 def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tmp_path):
     result = evaluate(dataset, tmp_path)
     assert result.returncode == 0, result.stderr
-    rows = read_table(tmp_path / "metrics.csv")
+    rows = read_csv(tmp_path / "metrics.csv")
     names = [
         f"{score}_{tissue}" for score in ("dice", "hd95", "hd_max", "asd") for tissue in ("csf", "gm", "wm", "mean")
     ]
@@ -112,7 +107,7 @@ def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tm
 
 def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, segmented, tmp_path):
     assert evaluate(dataset, tmp_path).returncode == 0
-    row = read_table(tmp_path / "metrics.csv")[0]
+    row = read_csv(tmp_path / "metrics.csv")[0]
     label, segmentation = (
         tissue_labels(np.asarray(nib.load(path).dataobj).astype(np.float32), str(path))[None, ..., 0]
         for path in (dataset / "subject-9-label.hdr", segmented / "subject-9-label.nii.gz")
@@ -137,10 +132,10 @@ def test_scores_and_volumes_on_another_grid_are_those_of_the_files(brains, tmp_p
     np.testing.assert_array_equal(segmentation.affine, affine)
     pair = [torch.from_numpy(np.asarray(image.dataobj)[None].copy()) for image in (segmentation, label)]
     expected = tissue_scores(*pair, spacing=(0.5, 2.0, 1.0))
-    row = read_table(tmp_path / "scores" / "metrics.csv")[0]
+    row = read_csv(tmp_path / "scores" / "metrics.csv")[0]
     assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
     # voxels of one cubic millimetre
-    volumes = read_table(tmp_path / "labels" / "volumes.csv")[0]
+    volumes = read_csv(tmp_path / "labels" / "volumes.csv")[0]
     assert float(volumes["gm_ml"]) == pytest.approx(np.count_nonzero(np.asarray(segmentation.dataobj) == 2) / 1000)
 
 
@@ -173,7 +168,7 @@ def test_segmentation_opens_beside_the_t1(dataset, segmented):
 
 
 def test_volumes_are_those_of_the_segmentation(segmented):
-    rows = read_table(segmented / "volumes.csv")
+    rows = read_csv(segmented / "volumes.csv")
     assert [row["subject"] for row in rows] == ["9", "11"]
     for row in rows:
         values = np.asarray(nib.load(segmented / f"subject-{row['subject']}-label.nii.gz").dataobj)
@@ -274,6 +269,16 @@ def test_misspelt_override(dataset, tmp_path):
     assert_refused(train(dataset, output, "--epocs", "1"), output, "--epocs", "did you mean --epochs?")
 
 
+def test_folder_that_is_not_there(tmp_path):
+    output = tmp_path / "out"
+    assert_refused(segment(tmp_path / "dta", output), output, f"{tmp_path}/dta: no such folder", "--dataset_dir")
+
+
+def test_setting_that_can_not_train(dataset, tmp_path):
+    output = tmp_path / "out"
+    assert_refused(train(dataset, output, "--patch_size", "[50,50,50]"), output, "--patch_size", "multiples of 4")
+
+
 @pytest.mark.parametrize("command", [train, evaluate, segment])
 def test_folder_without_subjects(tmp_path, command):
     (tmp_path / "data").mkdir()
@@ -362,7 +367,7 @@ def test_damaged_subject_after_a_good_one(own_dataset, tmp_path):
     assert message in last_line(result)
     # what was finished is whole, and of the other there is nothing
     assert {path.name for path in output.iterdir()} == {"subject-9-label.nii.gz", "subject-9-label.png", "volumes.csv"}
-    assert [row["subject"] for row in read_table(output / "volumes.csv")] == ["9"]
+    assert [row["subject"] for row in read_csv(output / "volumes.csv")] == ["9"]
 
 
 def test_damaged_subject_when_evaluating(own_dataset, tmp_path):

@@ -1,9 +1,23 @@
+import logging
+import subprocess
+import sys
+
+import psutil
 import pytest
 import torch
+from conftest import ROOT
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
+from scripts import inferers
 from scripts.errors import InputError
-from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer
+from scripts.inferers import (
+    LargestWindowInferer,
+    MixedPrecisionInferer,
+    available_memory,
+    fitting_window,
+    needs_loss_scaling,
+    network_precision,
+)
 from scripts.network import SkipDenseSeg
 
 
@@ -44,9 +58,20 @@ def test_automatic_precision_follows_the_processor(monkeypatch):
         assert spy.dtypes == [dtype]
 
 
-def test_unknown_precision():
-    with pytest.raises(InputError, match="precision must be 'auto', 'fp32' or 'bf16', got 'fp16'"):
-        MixedPrecisionInferer(SimpleInferer(), "fp16")
+def test_automatic_precision_follows_the_gpu(monkeypatch):
+    gpu = torch.device("cuda")
+    for capable, dtype in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, capable=capable: capable)
+        assert network_precision(gpu, "auto") == dtype
+        assert needs_loss_scaling("cuda", "auto") is not capable
+    assert needs_loss_scaling(gpu, "fp16")
+    assert not needs_loss_scaling("cpu", "auto")
+
+
+@pytest.mark.parametrize("precision", ["fp16", "half", 16])
+def test_precision_that_the_processor_does_not_do(precision):
+    with pytest.raises(InputError, match=f"--precision {precision}: "):
+        MixedPrecisionInferer(SimpleInferer(), precision)(torch.randn(1, 2, 8, 8, 8), Spy())
 
 
 def test_float32_logits_are_those_of_the_bare_network(network):
@@ -81,3 +106,39 @@ def test_large_volume_is_taken_in_windows_as_by_monai():
     assert set(spy.shapes) == {(32, 32, 32)}
     expected = SlidingWindowInferer([32, 32, 32], overlap=0.5, mode="gaussian")(image, torch.clone)
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("megabytes", "precision", "shape"),
+    [
+        (10_000, "fp32", (96, 128, 112)),
+        (1000, "fp32", (96, 96, 96)),
+        (1000, "bf16", (96, 128, 112)),
+        (100, "fp32", (64, 64, 64)),
+    ],
+)
+def test_windows_are_as_large_as_memory_allows(monkeypatch, caplog, megabytes, precision, shape):
+    monkeypatch.setattr(inferers, "available_memory", lambda device: megabytes * 1_000_000)
+    spy = Spy()
+    with caplog.at_level(logging.INFO):
+        MixedPrecisionInferer(LargestWindowInferer(), precision)(torch.randn(1, 2, 96, 128, 112), spy)
+    assert set(spy.shapes) == {shape}
+    ways = "one pass over" if shape == (96, 128, 112) else f"windows of {' x '.join(map(str, shape))} over"
+    assert caplog.messages == [f"{ways} 96 x 128 x 112 voxels ({megabytes / 1000:.1f} GB available)"]
+
+
+def test_fitting_window():
+    assert fitting_window([160, 192, 160], 1e9) == [160, 192, 160]
+    assert fitting_window([160, 192, 160], 160**3) == [160, 160, 160]
+    assert fitting_window([160, 192, 160], 0) == [64, 64, 64]
+    assert fitting_window([16, 192, 32], 0) == [16, 64, 32]
+
+
+def test_available_memory_heeds_the_limit_of_the_user():
+    code = (
+        "import resource, torch; from scripts.inferers import available_memory as a; cpu = torch.device('cpu');"
+        "free = a(cpu); limit = 6 * 2**30; resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
+        "assert 0 < a(cpu) < min(free + 1, limit), (free, a(cpu))"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+    assert available_memory(torch.device("cpu")) <= psutil.virtual_memory().total

@@ -3,9 +3,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from scripts.metrics import dice_table, tissue_scores, tissue_volumes
+from scripts.errors import InputError
+from scripts.metrics import VolumeTable, dice_table, tissue_scores, tissue_volumes
+from scripts.writers import read_csv
 
 
 def labels(**voxels: list[int]) -> torch.Tensor:
@@ -86,6 +89,36 @@ def test_tissue_that_is_missing():
 def test_volumes_in_millilitres():
     label = MetaTensor(labels(csf=[1, 2], gm=[3, 4, 5], wm=[6]), affine=torch.diag(torch.tensor([-10.0, 10, 5, 1])))
     assert tissue_volumes(label) == {"csf_ml": 1.0, "gm_ml": 1.5, "wm_ml": 0.5, "brain_ml": 3.0}
+
+
+def segmented(subject: str) -> Engine:
+    """An engine that ends with one subject segmented."""
+    pred = MetaTensor(labels(csf=[1], gm=[2], wm=[3]), affine=torch.eye(4))
+    engine = Engine(lambda engine, batch: None)
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    def segment():
+        engine.state.batch, engine.state.output = [{"subject": subject}], [{"pred": pred}]
+
+    return engine
+
+
+def test_volumes_of_earlier_runs_stay_in_the_table(tmp_path, capsys):
+    for subject in ("7", "9", "7"):
+        engine = segmented(subject)
+        VolumeTable(str(tmp_path / "volumes.csv")).attach(engine)
+        engine.run([0])
+    assert [row["subject"] for row in read_csv(tmp_path / "volumes.csv")] == ["9", "7"]
+    assert "subjects segmented: 1" in capsys.readouterr().out
+
+
+def test_a_table_of_somebody_else_is_not_overwritten(tmp_path):
+    (tmp_path / "volumes.csv").write_text("subject,mine\n1,2\n")
+    engine = segmented("7")
+    VolumeTable(str(tmp_path / "volumes.csv")).attach(engine)
+    with pytest.raises(InputError, match="isn't a table of volumes"):
+        engine.run([0])
+    assert (tmp_path / "volumes.csv").read_text() == "subject,mine\n1,2\n"
 
 
 def test_table_in_percent():

@@ -35,7 +35,7 @@ def test_each_tissue_has_its_colour_and_a_disagreement_is_red():
     image = pixels(figure)
     red = np.array(matplotlib.colors.to_rgb(DISAGREEMENT_COLOR))
     assert (np.abs(image - red).max(axis=-1) < 0.02).any()
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CSF", "GM", "WM"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CSF", "GM", "WM", "disagreement"]
 
 
 def test_the_subjects_right_is_on_the_left_of_the_picture():

@@ -3,11 +3,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, bundle, last_line
 
 from scripts import errors
 from scripts.errors import InputError
-from scripts.workflow import keep_freed_memory, refuse_unknown_overrides
+from scripts.network import SkipDenseSeg
+from scripts.workflow import keep_freed_memory, refuse_unknown_overrides, require_training_settings
 
 TRAIN = str(ROOT / "configs" / "train.json")
 EVALUATE = str(ROOT / "configs" / "evaluate.json")
@@ -21,7 +22,7 @@ EVALUATE = str(ROOT / "configs" / "evaluate.json")
         ["run", "evaluating", "--config_file", f"['{TRAIN}','{EVALUATE}']", "--dataset-dir", "x"],
         ["run", "--config_file", f"{TRAIN},{EVALUATE}", "--run_id", "training", "--logging_file", "x"],
         ["run", "--config_file", TRAIN, "--tracking", "mlflow", "--train#trainer#max_epochs", "3"],
-        ["run", "--config_file", TRAIN, "--train::dataset::cache_rate", "0.5", "--loss#_target_", "x"],
+        ["run", "--config_file", TRAIN, "--train::dataset::in_memory", "False", "--loss#_target_", "x"],
         ["run", "--config_file", TRAIN, "--train#handlers#0#print_lr", "True", "-epochs", "3"],
         ["--unrelated", "program"],
     ],
@@ -75,6 +76,29 @@ def test_input_error_is_shown_in_one_line_and_others_in_full(capsys, monkeypatch
             sys.excepthook(type(error), error, error.__traceback__)
         printed = capsys.readouterr().err
         assert printed == shown if shown.startswith("error") else printed.startswith(shown)
+
+
+def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
+    result = bundle("phantom", "--output_dir", str(tmp_path), "--seeds", "3", module="scripts")
+    assert result.returncode != 0
+    assert last_line(result) == "error: --seeds: no such option of phantom; did you mean --seed?"
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 0}, "--epochs 0: must be a whole number"),
+        ({"batch_size": "two"}, "--batch_size two: must be a whole number"),
+        ({"patch_size": [50, 64, 64]}, r"--patch_size \[50, 64, 64\]: must be multiples of 4"),
+        ({"patch_size": 0}, "--patch_size 0"),
+    ],
+)
+def test_settings_that_can_not_train(settings, message):
+    fine = {"network": SkipDenseSeg(), "patch_size": 64, "epochs": 1, "batch_size": 2}
+    require_training_settings(**fine)
+    with pytest.raises(InputError, match=message):
+        require_training_settings(**(fine | settings))
 
 
 def test_memory_setting_tells_glibc(monkeypatch):

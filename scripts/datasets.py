@@ -1,0 +1,68 @@
+"""Datasets that are prepared once, and batches that are made ahead."""
+
+import atexit
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
+from monai.transforms import Compose, RandomizableTrait
+
+from scripts.inferers import available_memory
+
+logger = logging.getLogger(__name__)
+
+
+def _prepared_bytes(item: Any, transform: Compose) -> int:
+    """Memory of a subject after the transforms that aren't random."""
+    first_random = transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait))
+    prepared = transform(item, end=first_random)
+    return sum(value.nbytes for value in prepared.values() if isinstance(value, torch.Tensor))
+
+
+def cached_dataset(
+    data: Sequence[Any], transform: Compose, cache_dir: str, num_workers: int = 2, in_memory: bool | None = None
+) -> Dataset:
+    """Subjects that are loaded and prepared once: kept in memory if half of what is available holds them, else on disk.
+
+    Args:
+        data: the subjects.
+        transform: what prepares them; from its first random transform on it is applied anew each time.
+        cache_dir: folder for the cache on disk, which is made for this process and removed when it ends.
+        num_workers: threads that prepare.
+        in_memory: whether to keep them in memory; None decides by the first subject's size.
+    """
+    if in_memory is None:
+        needed = len(data) * _prepared_bytes(data[0], transform) if data else 0
+        available = available_memory(torch.device("cpu"))
+        in_memory = needed <= available / 2
+        if not in_memory:
+            logger.info("%d subjects need %.1f GB of %.1f GB available", len(data), needed / 1e9, available / 1e9)
+    if in_memory:
+        return CacheDataset(data, transform, num_workers=num_workers)
+    Path(cache_dir).mkdir(parents=True, exist_ok=True)
+    folder = tempfile.mkdtemp(prefix=".cache-", dir=cache_dir)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logger.info("prepared subjects are kept in %s until the end", folder)
+    return PersistentDataset(data, transform, cache_dir=folder)
+
+
+class ReadAheadDataLoader(DataLoader):
+    """MONAI's DataLoader, but the next batch is made in a thread while the present one is in use.
+
+    MONAI's ThreadDataLoader does so too, but an error in its thread only ends the iteration, and the subjects from
+    there on would be missing without a word. Here it is raised where it would be without a thread.
+    """
+
+    def __iter__(self) -> Iterator[Any]:
+        batches = super().__iter__()
+        with ThreadPoolExecutor(max_workers=1) as reader:
+            ahead = reader.submit(next, batches, None)
+            while (batch := ahead.result()) is not None:
+                ahead = reader.submit(next, batches, None)
+                yield batch

@@ -1,0 +1,91 @@
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from monai.data import CacheDataset, Dataset, PersistentDataset
+from monai.transforms import Compose, RandomizableTransform, ToTensor, Transform
+
+from scripts import datasets
+from scripts.datasets import ReadAheadDataLoader, cached_dataset
+from scripts.errors import InputError
+
+
+class Reader(Transform):
+    """Gives a tensor of 1 MB for each number, says when, and can't read some numbers."""
+
+    def __init__(self, unreadable=()):
+        self.unreadable, self.times, self.threads = unreadable, [], []
+
+    def __call__(self, number):
+        if number in self.unreadable:
+            raise InputError(f"{number}: can't be read")
+        self.times.append(time.monotonic())
+        self.threads.append(threading.current_thread())
+        return {"image": torch.full((250_000,), float(number))}
+
+
+class RandomNothing(RandomizableTransform):
+    def __call__(self, item):
+        return item
+
+
+def numbers(batches) -> list[float]:
+    return [batch["image"][0, 0].item() for batch in batches]
+
+
+def test_next_batch_is_made_while_this_one_is_in_use():
+    reader = Reader()
+    used = []
+    for _ in ReadAheadDataLoader(Dataset(range(4), reader), batch_size=1):
+        time.sleep(0.05)
+        used.append(time.monotonic())
+    assert all(made < finished for made, finished in zip(reader.times[1:], used[:-1], strict=True))
+    assert threading.main_thread() not in reader.threads
+
+
+def test_all_batches_in_order_and_again():
+    loader = ReadAheadDataLoader(Dataset(range(5), Reader()), batch_size=1)
+    assert numbers(loader) == numbers(loader) == [0, 1, 2, 3, 4]
+    assert numbers(ReadAheadDataLoader(Dataset([], Reader()), batch_size=1)) == []
+
+
+def test_error_comes_after_the_batches_before_it_and_names_its_cause():
+    seen = []
+    with pytest.raises(RuntimeError) as caught:
+        seen += numbers(ReadAheadDataLoader(Dataset([1, 2], Compose([Reader(unreadable=[1])])), batch_size=1))
+    assert isinstance(caught.value.__cause__, InputError)
+    with pytest.raises(RuntimeError):
+        for batch in ReadAheadDataLoader(Dataset([1, 2, 3, 4], Compose([Reader(unreadable=[3])])), batch_size=1):
+            seen += numbers([batch])
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize(("megabytes", "kind"), [(100, CacheDataset), (15, PersistentDataset)])
+def test_subjects_beyond_half_the_memory_are_kept_on_disk(tmp_path, monkeypatch, megabytes, kind):
+    monkeypatch.setattr(datasets, "available_memory", lambda device: megabytes * 1_000_000)
+    reader = Reader()
+    dataset = cached_dataset(range(10), Compose([reader, RandomNothing()]), str(tmp_path / "cache"))
+    assert type(dataset) is kind
+    for _ in range(2):
+        assert [item["image"][0].item() for item in dataset] == list(range(10))
+    # once to measure, once to keep
+    assert len(reader.times) == 11
+
+
+def test_no_subjects_no_measuring(tmp_path):
+    assert len(cached_dataset([], Compose([ToTensor()]), str(tmp_path / "cache"))) == 0
+
+
+def test_cache_on_disk_ends_with_the_process(tmp_path):
+    code = (
+        "from monai.transforms import Compose, ToTensor; from scripts.datasets import cached_dataset; import pathlib;"
+        f"d = cached_dataset([1.0, 2.0], Compose([ToTensor()]), '{tmp_path}', in_memory=False);"
+        f"print(d[0].item(), d[1].item(), len(list(pathlib.Path('{tmp_path}').glob('.cache-*/*'))))"
+    )
+    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "1.0 2.0 2\n", result.stderr
+    assert not list(tmp_path.iterdir())
