@@ -65,12 +65,12 @@ def label_map(rng: np.random.Generator) -> np.ndarray:
     """Tissue labels of one brain.
 
     Returns:
-        uint8 0 background, 1 CSF, 2 GM, 3 WM, (144, 192, 256). The brain has 740 to 860 ml, of which CSF 20 to 24,
+        uint8 0 background, 1 CSF, 2 GM, 3 WM, (144, 192, 256). The brain has about 740 to 850 ml, of which CSF 20 to 24,
         GM 45 to 49 and WM the rest, in percent.
     """
     # own proportions and smooth deformation, so that no two brains are alike
     position = np.indices(BRAIN_SHAPE, dtype=np.float32)
-    position -= np.float32([64, 82, 76])[:, None, None, None]
+    position -= np.float32([64, 82, 71])[:, None, None, None]
     proportions = rng.uniform(0.96, 1.04, 3)
     proportions *= (rng.uniform(0.96, 1.06) / np.prod(proportions)) ** (1 / 3)
     position /= proportions.astype(np.float32)[:, None, None, None]

@@ -8,9 +8,11 @@ import re
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from pydoc import locate
 from typing import Any
 
+import monai.bundle
 import torch
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
@@ -106,14 +108,19 @@ def keep_freed_memory() -> None:
 
 
 def start(seed: int) -> None:
-    """Prepare the process: input errors end it in one line, unknown overrides are refused, all is seeded.
+    """Prepare the process: memory and randomness, and on the command line how errors look and what may be overridden.
 
     Args:
         seed: for Python, NumPy and torch.
+
+    Raises:
+        InputError: as `refuse_unknown_overrides`.
     """
-    show_input_errors_in_one_line()
     # MONAI's surface distances warn of an argument that MONAI itself passes
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-    refuse_unknown_overrides(sys.argv[1:])
+    # in somebody's own program, how errors look and what its arguments mean is theirs to say
+    if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
+        show_input_errors_in_one_line()
+        refuse_unknown_overrides(sys.argv[1:])
     keep_freed_memory()
     set_determinism(seed)

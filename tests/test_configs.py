@@ -64,8 +64,7 @@ def test_top_level_metadata_is_a_link():
 
 
 @pytest.mark.parametrize(("config", "kind"), [("train", "train"), ("inference", "infer")])
-def test_properties_that_monai_requires(config, kind, dataset, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["pytest"])
+def test_properties_that_monai_requires(config, kind, dataset):
     workflow = ConfigWorkflow(
         str(CONFIGS / f"{config}.json"), workflow_type=kind, dataset_dir=str(dataset), bundle_root=str(ROOT)
     )

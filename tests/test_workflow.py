@@ -8,7 +8,7 @@ from conftest import ROOT, bundle, last_line
 from scripts import errors
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.workflow import keep_freed_memory, refuse_unknown_overrides, require_training_settings
+from scripts.workflow import keep_freed_memory, refuse_unknown_overrides, require_training_settings, start
 
 TRAIN = str(ROOT / "configs" / "train.json")
 EVALUATE = str(ROOT / "configs" / "evaluate.json")
@@ -99,6 +99,13 @@ def test_settings_that_can_not_train(settings, message):
     require_training_settings(**fine)
     with pytest.raises(InputError, match=message):
         require_training_settings(**(fine | settings))
+
+
+def test_another_program_keeps_its_arguments_and_its_way_with_errors(monkeypatch):
+    hook = sys.excepthook
+    monkeypatch.setattr("sys.argv", ["own_program.py", "--config_file", TRAIN, "--epocs", "1"])
+    start(seed=0)
+    assert sys.excepthook is hook
 
 
 def test_memory_setting_tells_glibc(monkeypatch):
