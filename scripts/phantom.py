@@ -65,8 +65,8 @@ def label_map(rng: np.random.Generator) -> np.ndarray:
     """Tissue labels of one brain.
 
     Returns:
-        uint8 0 background, 1 CSF, 2 GM, 3 WM, (144, 192, 256). The brain has about 740 to 850 ml, of which CSF 20 to 24,
-        GM 45 to 49 and WM the rest, in percent.
+        uint8 0 background, 1 CSF, 2 GM, 3 WM, (144, 192, 256). The brain has about 740 to 850 ml, of which, in
+        percent, CSF 20 to 24, GM 45 to 49 and WM the rest.
     """
     # own proportions and smooth deformation, so that no two brains are alike
     position = np.indices(BRAIN_SHAPE, dtype=np.float32)
