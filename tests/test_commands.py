@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def segmented(dataset, tmp_path_factory) -> Path:
     result = segment(dataset, output, "--subjects", "[9,11]")
     assert result.returncode == 0, result.stderr
     assert str(output) in result.stdout
+    spans = r"waiting for reading [\d.]+, network [\d.]+, back to the own grid [\d.]+, writing [\d.]+"
+    told = re.search(rf"time: ([\d.]+) s to start up, then ([\d.]+) s a subject, {spans}", result.stdout)
+    assert 0 < float(told[1]) < 120
+    assert float(told[2]) == pytest.approx(sum(map(float, re.findall(r"(?:\w) ([\d.]+)", told[0])[-4:])), abs=0.03)
+    assert result.stdout.count("one pass over") == 2
     return output
 
 
