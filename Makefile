@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
 
-.PHONY: demo test test-slow test-all lint weights
+.PHONY: demo bench test test-slow test-all lint weights
 
 # phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
 demo: demo/.segmented

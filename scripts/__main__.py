@@ -5,11 +5,12 @@ import sys
 
 import fire
 
+from scripts.bench import bench
 from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.phantom import phantom
 from scripts.workflow import given_options, nearest
 
-COMMANDS = {"phantom": phantom}
+COMMANDS = {"phantom": phantom, "bench": bench}
 
 
 def refuse_unknown_options(arguments: list[str]) -> None:

@@ -1,0 +1,394 @@
+"""How fast the bundle is on this machine, beside the published way and other networks."""
+
+import ctypes
+import json
+import platform
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.bundle import ConfigParser
+from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
+from monai.metrics import compute_dice
+from monai.networks import one_hot
+from monai.networks.nets import DynUNet, SegResNet, UNet
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
+from scripts.network import SkipDenseSeg
+from scripts.phantom import phantom
+from scripts.subjects import find_subjects, subjects_to_segment
+from scripts.weights import load_weights
+from scripts.workflow import keep_freed_memory
+from scripts.writers import whole_files
+
+ROOT = Path(__file__).parents[1]
+PATCH = 64
+PUBLISHED_STRIDE = 8
+CUBES = (96, 128, 192, 256)
+FEED_STEPS = 200
+Row = dict[str, Any]
+
+
+def networks() -> dict[str, nn.Module]:
+    """Both published variants, and what MONAI offers for the same task: 2 channels in, 4 classes out."""
+    kernels, strides = [3] * 5, [1, 2, 2, 2, 2]
+    return {
+        "SkipDenseSeg compact": SkipDenseSeg(),
+        "SkipDenseSeg paper": SkipDenseSeg(block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True),
+        # layers and features as nnU-Net plans them for a patch of 64 voxels; its deep supervision is left out
+        "DynUNet": DynUNet(3, 2, 4, kernels, strides, strides[1:], filters=[32, 64, 128, 256, 320]),
+        "SegResNet": SegResNet(in_channels=2, out_channels=4, init_filters=16),
+        "UNet": UNet(3, 2, 4, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2),
+    }
+
+
+def default_allocator() -> None:
+    """Undo `keep_freed_memory`: the thresholds at which glibc arrives by itself when large blocks come and go."""
+    if platform.libc_ver()[0] == "glibc":
+        trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # from malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(mmap_max, 65536)
+        libc.mallopt(mmap_threshold, 2**25)
+        libc.mallopt(trim_threshold, 2**26)
+
+
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+    """Wall time of one call, what it started on a GPU included."""
+    begin = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - begin
+
+
+def interleaved_medians(
+    ways: Mapping[str, tuple[Callable[[], None], Callable[[], Any]]], rounds: int, device: torch.device, title: str
+) -> dict[str, float]:
+    """Median seconds of each way, all ways in turn in each round, so that a slow minute of the machine meets all.
+
+    Args:
+        ways: by name, what sets up the allocator and what is timed, which was called before.
+        rounds: how many.
+        device: where the ways compute.
+        title: for the progress bar.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for name in tqdm([name for _ in range(rounds) for name in ways], desc=title, mininterval=1.0):
+        prepare, call = ways[name]
+        prepare()
+        seconds[name].append(seconds_of(call, device))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
+    """GB that a call needs at most beyond what was in use before; None where the system doesn't tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        return (torch.cuda.max_memory_allocated(device) - before) / 1e9
+    status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+    if platform.libc_ver()[0] != "glibc" or not reset.exists():
+        return None
+
+    def kilobytes(name: str) -> int:
+        return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])
+
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")  # the peak starts anew at what is in use
+    before = kilobytes("VmRSS")
+    call()
+    return (kilobytes("VmHWM") - before) * 1024 / 1e9
+
+
+def convolution_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """GFLOP/s of the network's largest convolution, 32 to 32 features, by itself and in the better layout."""
+    best = 0.0
+    for layout in (torch.contiguous_format, torch.channels_last_3d):
+        convolution = nn.Conv3d(32, 32, 3, padding=1, bias=False).to(device, dtype).to(memory_format=layout)
+        image = torch.randn(1, 32, PATCH, PATCH, PATCH, device=device, dtype=dtype).contiguous(memory_format=layout)
+        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+            convolution(image)
+        with torch.inference_mode():
+            seconds = [seconds_of(lambda c=convolution, i=image: c(i), device) for _ in range(10)]
+        best = max(best, counter.get_total_flops() / statistics.median(seconds) / 1e9)
+    return best
+
+
+def _training_step(network: nn.Module, inferer: Inferer, batch_size: int, device: torch.device) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(network.parameters())
+    image = torch.randn(batch_size, 2, PATCH, PATCH, PATCH, device=device)
+    label = torch.randint(0, 4, (batch_size, PATCH, PATCH, PATCH), device=device)
+
+    def step() -> None:
+        network.train()
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(inferer(image, network), label).backward()
+        optimizer.step()
+
+    return step
+
+
+def training_steps(device: torch.device, precision: str, rounds: int, ceiling: float) -> list[Row]:
+    """Seconds of a training step at batch 1 and 4: plain eager float32 against ours, and other networks as ours."""
+    rows: list[Row] = []
+    plain = SimpleInferer()
+    tuned = MixedPrecisionInferer(SimpleInferer(), precision)
+    for batch_size in (1, 4):
+        ways, gigaflops = {}, {}
+        for name, network in networks().items():
+            network.to(device)
+            ways[name] = (keep_freed_memory, _training_step(network, tuned, batch_size, device))
+            with FlopCounterMode(display=False) as counter:
+                ways[name][1]()
+            gigaflops[name] = counter.get_total_flops() / 1e9
+            if isinstance(network, SkipDenseSeg):
+                step = _training_step(network, plain, batch_size, device)
+                step()
+                ways[f"{name}, plain eager float32"] = (default_allocator, step)
+        medians = interleaved_medians(ways, rounds, device, f"training steps, batch {batch_size}")
+        for name, seconds in medians.items():
+            row: Row = {"network": name, "batch": batch_size, "seconds": seconds}
+            if name in gigaflops:
+                row["share of the ceiling"] = gigaflops[name] / seconds / ceiling
+            if slower := medians.get(f"{name}, plain eager float32"):
+                row["times as fast as plain"] = slower / seconds
+            rows.append(row)
+    return rows
+
+
+def _subject(
+    config_file: str, device: torch.device, precision: str, dataset_dir: Path, **settings: Any
+) -> ConfigParser:
+    config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / config_file))
+    config.update({"bundle_root": str(ROOT), "dataset_dir": str(dataset_dir), "device": device, "precision": precision})
+    config.update(settings)
+    return config
+
+
+def one_subject(device: torch.device, precision: str, rounds: int, ceiling: float, dataset_dir: Path) -> list[Row]:
+    """Seconds for one subject, network only, by the published way, by common windows and by ours, with its labels."""
+    network = SkipDenseSeg().to(device)
+    load_weights(network, str(ROOT / "models" / "model.pt"))
+    network.eval()
+    files = find_subjects(str(dataset_dir))[0]
+    common = SlidingWindowInferer([PATCH] * 3, 1, overlap=0.5, mode="gaussian")
+    # the published way, the common one over the whole volume, over the foreground, and ours
+    whole = _subject("inference.json", device, "fp32", dataset_dir, foreground_margin=1000)
+    ours = _subject("inference.json", device, precision, dataset_dir)
+    volume = whole.get_parsed_content("preprocessing")(files)
+    box = ours.get_parsed_content("preprocessing")(files)
+    image, foreground = (item["image"][None].as_tensor().to(device) for item in (volume, box))
+    window = image[..., :PATCH, :PATCH, :PATCH].contiguous()
+    windows = 1
+    for side in volume["t1"].shape[1:]:
+        windows *= (side - PATCH) // PUBLISHED_STRIDE + 1
+    our_inferer = ours.get_parsed_content("inferer")
+    tuned_common = MixedPrecisionInferer(common, precision)
+
+    @torch.inference_mode()
+    def published() -> None:
+        network(window)
+
+    @torch.inference_mode()
+    def segment(inferer: Inferer, values: torch.Tensor, network: nn.Module = network) -> torch.Tensor:
+        return inferer(values, network)
+
+    calls: dict[str, tuple[Callable[[], Any], Any]] = {
+        f"{PATCH}^3 windows, overlap 0.5, whole volume, float32": (lambda: segment(common, image), whole),
+        "the same over the foreground, our precision": (lambda: segment(tuned_common, foreground), ours),
+        "ours": (lambda: segment(our_inferer, foreground), ours),
+    }
+    others = {name: net.to(device).eval() for name, net in networks().items() if not isinstance(net, SkipDenseSeg)}
+    for name, other in others.items():
+        calls[f"{name}, over the foreground as ours"] = (
+            lambda other=other: segment(our_inferer, foreground, other),
+            None,
+        )
+
+    truth = one_hot(box["reference"][None].long(), 4)
+    brain = box["t1"][0] > 0
+    rows: dict[str, Row] = {}
+    labels: dict[str, torch.Tensor] = {}
+    for name, (call, config) in calls.items():
+        keep_freed_memory()
+        logits: list[torch.Tensor] = []
+        memory = peak_memory(lambda call=call, logits=logits: logits.append(call()), device)
+        rows[name] = {"way": name, "seconds": 0.0, "peak GB": memory}
+        if config is not None:
+            item = volume if config is whole else box
+            found = config.get_parsed_content("postprocessing")(
+                item | {"pred": type(item["image"])(logits[0][0].cpu())}
+            )
+            labels[name] = found["pred"]
+            reference = next(iter(labels.values()))
+            rows[name]["Dice"] = float(
+                compute_dice(one_hot(found["pred"][None].long(), 4), truth, include_background=False).mean()
+            )
+            rows[name]["labels as the first"] = float((found["pred"] == reference)[0][brain].float().mean())
+    ways = {name: (keep_freed_memory, call) for name, (call, _) in calls.items()}
+    first = next(iter(ways))
+    del ways[first]  # long enough by itself to be timed once
+    medians = interleaved_medians(ways | {"window": (keep_freed_memory, published)}, rounds, device, "one subject")
+    medians[first] = seconds_of(calls[first][0], device)
+    per_window = medians.pop("window")
+    with FlopCounterMode(display=False) as counter:
+        calls["ours"][0]()
+    for name, seconds in medians.items():
+        rows[name] |= {"seconds": seconds, "times as fast as published": per_window * windows / seconds}
+    rows["ours"]["share of the ceiling"] = counter.get_total_flops() / medians["ours"] / 1e9 / ceiling
+    published_row = {
+        "way": f"the published way: {windows:,} windows at stride {PUBLISHED_STRIDE}, float32 (one timed, multiplied)",
+        "seconds": per_window * windows,
+        "times as fast as published": 1.0,
+    }
+    return [published_row, *rows.values()]
+
+
+def growth(device: torch.device, precision: str, rounds: int) -> list[Row]:
+    """Seconds and memory of ours over cubes, in one pass and in windows that fit into 3 GB."""
+    network = SkipDenseSeg().to(device).eval()
+    rows = []
+    for side in CUBES:
+        image = torch.randn(1, 2, side, side, side, device=device)
+        for window_size in ("auto", [128, 128, 128]):
+            if window_size != "auto" and side <= 128:
+                continue
+            inferer = MixedPrecisionInferer(
+                LargestWindowInferer(window_size, sw_batch_size=1, overlap=0.25, mode="gaussian"), precision
+            )
+
+            @torch.inference_mode()
+            def call(inferer: Inferer = inferer, image: torch.Tensor = image) -> torch.Tensor:
+                return inferer(image, network)
+
+            keep_freed_memory()
+            memory = peak_memory(call, device)
+            seconds = statistics.median(seconds_of(call, device) for _ in range(rounds if side < 192 else 1))
+            rows.append(
+                {
+                    "volume": f"{side}^3",
+                    "window_size": str(window_size),
+                    "seconds": seconds,
+                    "seconds a million voxels": seconds / side**3 * 1e6,
+                    "peak GB": memory,
+                }
+            )
+    return rows
+
+
+def feed(device: torch.device, precision: str, dataset_dir: Path) -> list[Row]:
+    """Batches of 4 patches a second that training is fed with, without a network, and the wait for them with one."""
+    steps, batch_size = FEED_STEPS, 4
+    config = _subject(
+        "train.json", device, precision, dataset_dir, val_subjects=[], batch_size=batch_size,
+        crops_per_epoch=steps * batch_size, output_dir=str(dataset_dir.parent),
+    )  # fmt: skip
+    loader = config.get_parsed_content("train#dataloader")
+    seconds = seconds_of(lambda: [None for _ in loader], device)
+    keep_freed_memory()
+    step = _training_step(
+        SkipDenseSeg().to(device), MixedPrecisionInferer(SimpleInferer(), precision), batch_size, device
+    )
+    batches = iter(loader)
+    waits, computing = [], []
+    for _ in range(min(6, steps)):
+        waits.append(seconds_of(lambda: next(batches), device))
+        computing.append(seconds_of(step, device))
+    return [
+        {
+            "steps a second, feed alone": steps / seconds,
+            "wait for data, s a step": statistics.median(waits[1:]),
+            "training step, s": statistics.median(computing[1:]),
+        }
+    ]
+
+
+def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]:
+    """The documented command on all subjects of a folder, as a process."""
+    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    command += ["--dataset_dir", str(dataset_dir.resolve()), "--output_dir", str(output_dir.resolve())]
+    command += ["--precision", precision]
+    begin = time.perf_counter()
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    seconds = time.perf_counter() - begin
+    told = re.search(r"time: ([\d.]+) s to start up, then ([\d.]+) s a subject, (.*)", finished.stdout)
+    return [
+        {
+            "subjects": len(subjects_to_segment(str(dataset_dir), None)),
+            "seconds": seconds,
+            "start-up, s": float(told[1]),
+            "seconds a subject": float(told[2]),
+            "of these": told[3],
+            "peak GB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
+        }
+    ]
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """Rows as a Markdown table; columns in order of appearance."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+
+    def cell(value: Any) -> str:
+        if value is None:
+            return ""
+        if isinstance(value, float):
+            return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
+        return str(value)
+
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
+
+
+def bench(output_dir: str = "eval/bench", rounds: int = 3, subjects: int = 13, precision: str = "auto") -> None:
+    """Measure this machine: training steps, one subject, growth with volume, the feed and a folder of subjects.
+
+    Prints tables and writes `bench.md` and `bench.json`. Takes 5 to 20 minutes; run nothing else meanwhile.
+
+    Args:
+        output_dir: where results go; phantom subjects are made in `subjects/` below it and kept.
+        rounds: how often each way is timed; the median counts.
+        subjects: unlabelled subjects that are segmented end to end.
+        precision: of ours: auto, fp32, bf16 or fp16.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = network_precision(device, precision)
+    torch.manual_seed(0)
+    output = Path(output_dir)
+    dataset_dir = output / "subjects"
+    phantom(str(dataset_dir), subjects=1, unlabeled=subjects, seed=5)
+
+    keep_freed_memory()
+    ceiling = convolution_ceiling(device, dtype)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities()["cpu_name"]
+    machine: Row = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "precision": str(dtype).removeprefix("torch."),
+        "convolution ceiling, GFLOP/s": ceiling,
+    }
+    results = {
+        "machine": [machine],
+        f"training step, patch of {PATCH}^3": training_steps(device, precision, rounds, ceiling),
+        "one subject, network only": one_subject(device, precision, rounds, ceiling, dataset_dir),
+        "growth with volume": growth(device, precision, rounds),
+        "training feed, batch 4": feed(device, precision, dataset_dir),
+        "a folder of subjects, end to end": end_to_end(dataset_dir, output / "labels", precision),
+    }
+    tables = "\n\n".join(f"### {title}\n\n{markdown_table(rows)}" for title, rows in results.items())
+    with whole_files(output) as temporary:
+        (temporary / "bench.json").write_text(json.dumps(results, indent=2) + "\n")
+        (temporary / "bench.md").write_text(tables + "\n")
+    print(f"{tables}\n\nwritten to {output}/bench.md and bench.json")

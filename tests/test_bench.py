@@ -1,0 +1,98 @@
+"""The measurements of `bench` on small volumes: that they are taken of the right work and say what they say."""
+
+import json
+
+import pytest
+import torch
+from conftest import save_subject
+
+from scripts import bench
+from scripts.inferers import network_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, brains) -> dict:
+    """A whole run with patches of 32 voxels on small subjects, of which one is segmented end to end."""
+    output = tmp_path_factory.mktemp("bench")
+
+    def small_subjects(output_dir, subjects, unlabeled, seed):
+        for number in range(subjects + unlabeled):
+            save_subject(output / "subjects", str(number + 1), brains[number], labeled=number < subjects)
+        assert output_dir == str(output / "subjects")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bench, "PATCH", 32)
+        patch.setattr(bench, "CUBES", (32, 48))
+        patch.setattr(bench, "FEED_STEPS", 4)
+        patch.setattr(bench, "phantom", small_subjects)
+        bench.bench(str(output), rounds=1, subjects=1, precision="fp32")
+    assert "### training step" in (output / "bench.md").read_text()
+    return json.loads((output / "bench.json").read_text())
+
+
+def test_training_steps_of_both_variants_and_the_other_networks(results):
+    rows = {(row["network"], row["batch"]): row for row in results["training step, patch of 32^3"]}
+    for batch in (1, 4):
+        for variant in ("SkipDenseSeg compact", "SkipDenseSeg paper"):
+            ours, plain = rows[variant, batch], rows[f"{variant}, plain eager float32", batch]
+            assert ours["times as fast as plain"] == pytest.approx(plain["seconds"] / ours["seconds"])
+            assert 0 < ours["share of the ceiling"] < 1.5
+        assert {(name, batch) for name in ("DynUNet", "SegResNet", "UNet")} < set(rows)
+
+
+def test_one_subject_by_each_way(results):
+    published, common, foreground, ours, *others = results["one subject, network only"]
+    # 60 x 72 x 64 voxels: (28 / 8 + 1) * (40 / 8 + 1) * (32 / 8 + 1)
+    assert "120 windows at stride 8" in published["way"]
+    assert published["seconds"] / ours["seconds"] == pytest.approx(ours["times as fast as published"])
+    assert common["labels as the first"] == 1.0
+    for row in (foreground, ours):
+        assert 0.9 < row["labels as the first"] <= 1
+        assert row["Dice"] == pytest.approx(common["Dice"], abs=0.05)
+    assert len(others) == 3
+
+
+def test_memory_grows_with_the_volume(results):
+    small, large = results["growth with volume"]
+    assert (small["volume"], large["volume"]) == ("32^3", "48^3")
+    assert small["peak GB"] is None or 0 < small["peak GB"] < large["peak GB"] < 1
+
+
+def test_feed_and_end_to_end(results):
+    (feed,) = results["training feed, batch 4"]
+    assert feed["steps a second, feed alone"] > 1
+    (folder,) = results["a folder of subjects, end to end"]
+    assert folder["subjects"] == 1
+    assert folder["start-up, s"] + folder["seconds a subject"] < folder["seconds"] + 1
+    assert "network" in folder["of these"]
+
+
+def test_peak_memory_is_that_of_the_call():
+    peak = bench.peak_memory(lambda: torch.ones(100_000_000), CPU)
+    assert peak is None or 0.35 < peak < 0.5
+
+
+def test_medians_take_the_ways_in_turn():
+    calls = []
+    ways = {
+        name: (lambda name=name: calls.append(f"set up {name}"), lambda name=name: calls.append(name)) for name in "ab"
+    }
+    medians = bench.interleaved_medians(ways, 2, CPU, "")
+    assert calls == ["set up a", "a", "set up b", "b"] * 2
+    assert set(medians) == {"a", "b"}
+
+
+def test_tables_leave_out_what_a_row_lacks():
+    table = bench.markdown_table([{"way": "a", "seconds": 1.23456}, {"way": "b", "seconds": 12345.6, "peak GB": None}])
+    assert table.splitlines() == [
+        "| way | seconds | peak GB |",
+        "|---|---|---|",
+        "| a | 1.235 |  |",
+        "| b | 12,346 |  |",
+    ]
+
+
+def test_ceiling_is_of_the_type_that_is_used():
+    assert bench.convolution_ceiling(CPU, network_precision(CPU, "auto")) > 1
