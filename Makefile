@@ -30,6 +30,10 @@ demo/.segmented: demo/.evaluated
 	$(RUN) --config_file configs/inference.json --ckpt_dir demo --output_dir demo/segmentation
 	@touch $@
 
+# how fast this machine is, beside the published way and other networks; run nothing else meanwhile
+bench: $(VENV)/.installed
+	$(PY) -m scripts bench
+
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow"
 

@@ -17,6 +17,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from scripts.errors import InputError
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MEMORY_FORMATS = {name: getattr(torch, name) for name in ("channels_last_3d", "contiguous_format")}
 
 # Memory of a forward pass for each voxel of a window, in bytes: the largest measured of both published variants, with
 # a quarter on top. Half precision halves it.
@@ -68,7 +69,7 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 class MixedPrecisionInferer(Inferer):
-    """Run the network of another inferer under autocast and in channels-last layout, and when not training `folded`.
+    """Run the network of another inferer in the precision and memory layout that suit, and when not training `folded`.
 
     Called with (B, C, X, Y, Z) and a network, it returns the network's logits as float32, (B, classes, X, Y, Z).
 
@@ -78,15 +79,20 @@ class MixedPrecisionInferer(Inferer):
     Args:
         inferer: the inferer that calls the network.
         precision: see `network_precision`.
+        memory_format: how patches lie in memory: 'channels_last_3d', the faster one wherever measured, or
+            'contiguous_format'.
 
     Raises:
-        InputError: as `network_precision`, when called.
+        InputError: another memory format is asked for, or as `network_precision`, when called.
     """
 
-    def __init__(self, inferer: Inferer, precision: str = "auto") -> None:
+    def __init__(self, inferer: Inferer, precision: str = "auto", memory_format: str = "channels_last_3d") -> None:
         super().__init__()
+        if memory_format not in MEMORY_FORMATS:
+            raise InputError(f"--memory_format {memory_format}: must be {' or '.join(MEMORY_FORMATS)}")
         self.inferer = inferer
         self.precision = precision
+        self.memory_format = MEMORY_FORMATS[memory_format]
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -97,7 +103,7 @@ class MixedPrecisionInferer(Inferer):
             network = folded(network)
 
         def run(patch: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-            patch = patch.contiguous(memory_format=torch.channels_last_3d)
+            patch = patch.contiguous(memory_format=self.memory_format)
             return network(patch, *args, **kwargs).float()
 
         with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32):

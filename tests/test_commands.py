@@ -3,7 +3,10 @@
 import json
 import os
 import re
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -14,6 +17,8 @@ from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
 
 from scripts.metrics import tissue_scores
 from scripts.network import SkipDenseSeg
+from scripts.phantom import label_map
+from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import tissue_labels
 from scripts.writers import read_csv
 
@@ -413,3 +418,29 @@ def test_no_training_subject_left(dataset, tmp_path):
     output = tmp_path / "out"
     result = train(dataset, output, "--val_subjects", "[1,2,9]")
     assert_refused(result, output, str(dataset), "no subject left to train among 4, 3 of them labelled")
+
+
+@pytest.mark.slow
+def test_volume_of_256_cubed_in_4_gb(tmp_path):
+    rng = np.random.default_rng([3, 2])
+    label = label_map(rng)
+    label = np.pad(label, [((256 - n) // 2, 256 - n - (256 - n) // 2) for n in label.shape])
+    images = {"T1": six_month_image(label, T1_CONTRAST, rng), "T2": six_month_image(label, T2_CONTRAST, rng)}
+    save_subject(tmp_path / "scans", "1", {"label": label, **images})
+    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
+    command += ["--dataset_dir", str(tmp_path / "scans"), "--output_dir", str(tmp_path), "--subjects", "[1]"]
+    limit = 4 * 2**30
+    # of addresses, which are more than the memory that is used
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdout=log, stderr=log,
+            preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
+        )  # fmt: skip
+        _, status, usage = os.wait4(process.pid, 0)
+    told = (tmp_path / "log").read_text()
+    assert status == 0, told
+    assert usage.ru_maxrss * 1024 < limit
+    assert "windows of" in told, told
+    found = np.asarray(nib.load(tmp_path / "subject-1-label.nii.gz").dataobj)
+    assert found.shape == (256, 256, 256)
+    assert (found == label)[label > 0].mean() > 0.85

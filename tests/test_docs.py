@@ -45,7 +45,7 @@ def home(tmp_path_factory, brains) -> Path:
 
 def test_no_kind_of_command_is_left_out():
     assert len(PYTHON) >= 8
-    assert MAKE == ["make demo", "make test", "make weights"]
+    assert MAKE == ["make bench", "make demo", "make test", "make weights"]
     assert SETUP == [
         ". .venv/bin/activate",
         "pip install -r requirements.txt",

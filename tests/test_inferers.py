@@ -195,6 +195,28 @@ def test_gradients_are_those_of_the_network_itself(network):
     network.zero_grad()
 
 
+@pytest.mark.parametrize("layout", ["channels_last_3d", "contiguous_format"])
+def test_memory_format_that_is_asked_for(network, layout):
+    given = []
+
+    def spy(patch):
+        given.append(patch)
+        return network(patch)
+
+    image = torch.randn(1, 2, 32, 32, 32)
+    with torch.no_grad():
+        logits = MixedPrecisionInferer(SimpleInferer(), "fp32", layout)(image, spy)
+        torch.testing.assert_close(logits, network(image), rtol=1e-4, atol=1e-4)
+    assert given[0].is_contiguous(memory_format=getattr(torch, layout))
+
+
+def test_memory_format_that_is_none():
+    with pytest.raises(
+        InputError, match="--memory_format channels_last: must be channels_last_3d or contiguous_format"
+    ):
+        MixedPrecisionInferer(SimpleInferer(), memory_format="channels_last")
+
+
 def test_small_volume_is_taken_whole_and_unpadded():
     spy = Spy()
     inferer = MixedPrecisionInferer(LargestWindowInferer([64, 64, 64], mode="gaussian"), "fp32")
