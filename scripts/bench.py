@@ -256,7 +256,7 @@ def one_subject(device: torch.device, precision: str, rounds: int, ceiling: floa
 
 
 def growth(device: torch.device, precision: str, rounds: int) -> list[Row]:
-    """Seconds and memory of ours over cubes, in one pass and in windows that fit into 3 GB."""
+    """Seconds and memory of ours over cubes, in one pass and in windows of 128^3."""
     network = SkipDenseSeg().to(device).eval()
     rows = []
     for side in CUBES:

@@ -32,7 +32,8 @@ def cached_dataset(
 
     Args:
         data: the subjects.
-        transform: what prepares them; from its first random transform on it is applied anew each time.
+        transform: what prepares them; from its first random transform on it is applied anew each time, and these
+            transforms must leave what they are given unchanged, as MONAI's do: in memory they get it uncopied.
         cache_dir: folder for the cache on disk, which is made for this process and removed when it ends.
         num_workers: threads that prepare.
         in_memory: whether to keep them in memory; None decides by the first subject's size.
@@ -44,7 +45,9 @@ def cached_dataset(
         if not in_memory:
             logger.info("%d subjects need %.1f GB of %.1f GB available", len(data), needed / 1e9, available / 1e9)
     if in_memory:
-        return CacheDataset(data, transform, num_workers=num_workers)
+        # a crop is smaller than what it is cut from, and so is the time it takes
+        random = transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait)) is not None
+        return CacheDataset(data, transform, num_workers=num_workers, copy_cache=not random)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".cache-", dir=cache_dir)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -89,3 +89,17 @@ def test_cache_on_disk_ends_with_the_process(tmp_path):
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "1.0 2.0 2\n", result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_subjects_in_memory_are_cut_from_uncopied_and_unchanged():
+    given = []
+
+    class RandomCrop(RandomizableTransform):
+        def __call__(self, item):
+            given.append(item["image"])
+            return {"image": item["image"][: int(torch.randint(1, 9, ()))]}
+
+    cached = cached_dataset([3], Compose([Reader(), RandomCrop()]), "unused", in_memory=True)
+    assert {len(cached[0]["image"]) for _ in range(50)} > {1, 8}
+    assert len({image.data_ptr() for image in given}) == 1
+    assert torch.equal(given[0], torch.full((250_000,), 3.0))
