@@ -18,10 +18,14 @@ from scripts.inferers import available_memory
 logger = logging.getLogger(__name__)
 
 
+def _first_random(transform: Compose) -> int | None:
+    """Place of the first random transform; those before it are done once."""
+    return transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait))
+
+
 def _prepared_bytes(item: Any, transform: Compose) -> int:
     """Memory of a subject after the transforms that aren't random."""
-    first_random = transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait))
-    prepared = transform(item, end=first_random)
+    prepared = transform(item, end=_first_random(transform))
     return sum(value.nbytes for value in prepared.values() if isinstance(value, torch.Tensor))
 
 
@@ -45,9 +49,8 @@ def cached_dataset(
         if not in_memory:
             logger.info("%d subjects need %.1f GB of %.1f GB available", len(data), needed / 1e9, available / 1e9)
     if in_memory:
-        # a crop is smaller than what it is cut from, and so is the time it takes
-        random = transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait)) is not None
-        return CacheDataset(data, transform, num_workers=num_workers, copy_cache=not random)
+        # copying a volume takes longer than cutting a crop from it
+        return CacheDataset(data, transform, num_workers=num_workers, copy_cache=_first_random(transform) is None)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".cache-", dir=cache_dir)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
