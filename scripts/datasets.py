@@ -1,6 +1,7 @@
 """Datasets that are prepared once, and batches that are made ahead."""
 
 import atexit
+import itertools
 import logging
 import shutil
 import tempfile
@@ -9,9 +10,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
+import numpy as np
 import torch
 from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTrait
+from torch.utils.data import DistributedSampler, RandomSampler
 
 from scripts.inferers import available_memory
 
@@ -72,3 +76,32 @@ class ReadAheadDataLoader(DataLoader):
             while (batch := ahead.result()) is not None:
                 ahead = reader.submit(next, batches, None)
                 yield batch
+
+
+def epoch_seed(*numbers: int) -> int:
+    """A seed of 32 bits from several numbers, such as a training's own, the epoch and the rank."""
+    return int(np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(1)[0])
+
+
+class CropSampler(DistributedSampler):
+    """Which subjects the patches of an epoch are cut from: every subject as often as any other, in random order.
+
+    The order depends on the seed and the epoch only. Of several processes each draws the same and takes its share, so
+    that a batch of all together has the subjects that one process would give it.
+
+    Args:
+        dataset: the subjects.
+        num_crops: patches an epoch, of all processes together.
+        seed: for another order.
+    """
+
+    def __init__(self, dataset: Dataset, num_crops: int, seed: int) -> None:
+        ranks = idist.get_world_size()
+        super().__init__(dataset, num_replicas=ranks, rank=idist.get_rank(), seed=seed)
+        self.num_samples = -(-num_crops // ranks)
+        self.total_size = self.num_samples * ranks
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
+        order = RandomSampler(self.dataset, num_samples=self.total_size, generator=generator)
+        return itertools.islice(order, self.rank, None, self.num_replicas)

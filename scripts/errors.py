@@ -3,6 +3,8 @@
 import sys
 from types import TracebackType
 
+from ignite.engine import Engine, Events
+
 
 class InputError(ValueError):
     """Something given from outside can't be used. The message is one line: what, what is wrong with it, what to do."""
@@ -26,3 +28,14 @@ def _show(kind: type[BaseException], error: BaseException, traceback: TracebackT
 def show_input_errors_in_one_line() -> None:
     """From here on an uncaught InputError ends the process with its message alone; others keep their traceback."""
     sys.excepthook = _show
+
+
+class InputErrorsPass:
+    """Handler that lets an InputError out of an engine before MONAI's handlers after it log it with its traceback."""
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.let_out)
+
+    def let_out(self, error: Exception) -> None:
+        if _input_error_in(error):
+            raise error

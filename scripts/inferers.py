@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import torch
+from ignite.engine import Engine, Events
 from monai.inferers import Inferer, SlidingWindowInferer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -49,9 +50,34 @@ def network_precision(device: torch.device, precision: str) -> torch.dtype:
     return PRECISIONS[precision]
 
 
+def float16_or_auto(device: torch.device | str) -> str:
+    """The precision setting of a recipe that was made for float16: where that can't be, the fastest that is safe."""
+    return "fp16" if torch.device(device).type == "cuda" else "auto"
+
+
 def needs_loss_scaling(device: torch.device | str, precision: str) -> bool:
     """Whether training wants a GradScaler: with float16, whose small gradients vanish. For `amp` of MONAI's trainer."""
     return network_precision(torch.device(device), precision) == torch.float16
+
+
+class FixedLossScale:
+    """Handler that keeps the factor of the loss where float16 wants one; it is halved only after an overflow.
+
+    Args:
+        scale: the factor; None leaves it to torch, which looks for the largest that doesn't overflow.
+    """
+
+    def __init__(self, scale: float | None) -> None:
+        self.scale = scale
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.replace)
+
+    def replace(self, engine: Engine) -> None:
+        if self.scale is not None and engine.scaler is not None:
+            never = 2**31 - 1
+            device = engine.state.device.type
+            engine.scaler = torch.amp.GradScaler(device, init_scale=self.scale, growth_interval=never)
 
 
 def folded(network: nn.Module) -> nn.Module:

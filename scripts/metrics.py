@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+import ignite.distributed as idist
 import numpy as np
 import torch
 from ignite.engine import Engine, Events
@@ -12,6 +13,7 @@ from monai.engines import Evaluator
 from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
 from monai.networks import one_hot
 
+from scripts.distributed import gathered
 from scripts.errors import InputError
 from scripts.transforms import Tissue
 from scripts.writers import read_csv, segmented_subjects, whole_files, write_csv
@@ -63,6 +65,8 @@ def tissue_volumes(prediction: MetaTensor) -> dict[str, float]:
 class _SubjectTable(ABC):
     """Handler that measures each subject of an evaluator and writes the table anew after each, so that none is lost.
 
+    Of several processes the first writes its own subjects as they come, and at the end those of all.
+
     Args:
         path: the CSV file, with the column `subject` and those that `measure` gives.
     """
@@ -74,11 +78,19 @@ class _SubjectTable(ABC):
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.rows.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.gather)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+        engine.add_event_handler(Events.COMPLETED, self.gather_from_all)
 
     def gather(self, engine: Engine) -> None:
         self.rows += [{"subject": item["subject"]} | self.measure(item) for item in segmented_subjects(engine)]
-        self.write()
+        if idist.get_rank() == 0:
+            self.write()
+
+    def gather_from_all(self) -> None:
+        # a subject that two processes had counts once
+        self.rows = list({row["subject"]: row for row in gathered(self.rows)}.values())
+        if idist.get_rank() == 0:
+            self.write()
+            self.finish()
 
     def write(self) -> None:
         write_csv(self.path, self.rows)

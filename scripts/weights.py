@@ -2,15 +2,11 @@
 
 import hashlib
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
-from ignite.handlers.checkpoint import BaseSaveHandler
-from monai.handlers import CheckpointSaver
 
 from scripts.errors import InputError
 from scripts.writers import whole_files
@@ -66,46 +62,73 @@ class WeightsLoader:
         engine.add_event_handler(Events.STARTED, lambda: load_weights(self.network, self.path))
 
 
-class _WholeFileSaver(BaseSaveHandler):
-    """Writes a checkpoint whole, and only then removes the one that it takes the place of."""
-
-    def __init__(self, directory: str, filename: str | None) -> None:
-        self.directory = Path(directory)
-        self.filename = filename
-        self.outdated: set[str] = set()
-
-    @idist.one_rank_only()
-    def __call__(self, checkpoint: Mapping, filename: str, metadata: Mapping | None = None) -> None:
-        filename = self.filename or filename
-        with whole_files(self.directory) as temporary:
-            torch.save(checkpoint, temporary / filename)
-        for outdated in self.outdated - {filename}:
-            (self.directory / outdated).unlink(missing_ok=True)
-        self.outdated.clear()
-
-    def remove(self, filename: str) -> None:
-        self.outdated.add(self.filename or filename)
+def _write(network: torch.nn.Module, path: Path) -> None:
+    with whole_files(path.parent) as temporary:
+        torch.save(network.state_dict(), temporary / path.name)
 
 
-class WholeCheckpointSaver(CheckpointSaver):
-    """MONAI's CheckpointSaver, but a file under its final name is always a whole checkpoint.
+class BestWeightsSaver:
+    """Handler of an evaluator that writes the network each time its key metric is better than ever before.
 
-    MONAI's own removes the former checkpoint and then writes the new one in place, so that a process that ends
-    between the two leaves none.
+    MONAI's CheckpointSaver removes the former file and then writes the new one in place, so that a process that ends
+    between the two leaves none. Here what is under the name is always whole.
 
     Args:
-        interval_filename: the one file name for the checkpoints of `save_interval`, instead of one with the epoch's
-            number.
-        kwargs: those of MONAI's CheckpointSaver.
+        path: the checkpoint, a state dict.
+        network: whose weights are written.
     """
 
-    def __init__(self, *, interval_filename: str | None = None, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if self._interval_checkpoint is not None:
-            self._interval_checkpoint.save_handler.filename = interval_filename
-        for checkpoint in (self._final_checkpoint, self._key_metric_checkpoint, self._interval_checkpoint):
-            if checkpoint is not None:
-                checkpoint.save_handler = _WholeFileSaver(self.save_dir, checkpoint.save_handler.filename)
+    def __init__(self, path: str, network: torch.nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    @idist.one_rank_only()
+    def save(self, engine: Engine) -> None:
+        if engine.state.best_metric_epoch == engine.state.epoch:
+            _write(self.network, self.path)
+
+
+class StepWeightsSaver:
+    """Handler of a trainer that writes the network as `step-<n>.pt` each so many steps and keeps the newest.
+
+    Args:
+        output_dir: the folder to write to.
+        network: whose weights are written.
+        interval: steps from one to the next.
+        keep: how many files stay.
+
+    Raises:
+        InputError: when training starts from its first step, if the folder holds such files of an earlier one.
+    """
+
+    def __init__(self, output_dir: str, network: torch.nn.Module, interval: int, keep: int) -> None:
+        self.output_dir = Path(output_dir)
+        self.network = network
+        self.interval = interval
+        self.keep = keep
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.require_none)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
+
+    def _steps(self) -> list[int]:
+        return sorted(int(path.stem.removeprefix("step-")) for path in self.output_dir.glob("step-*.pt"))
+
+    def require_none(self, engine: Engine) -> None:
+        if engine.state.iteration == 0 and (steps := self._steps()):
+            raise InputError(
+                f"{self.output_dir}/step-{steps[0]}.pt: is of an earlier training; choose another --output_dir, "
+                f"or go on with that one by --resume True"
+            )
+
+    @idist.one_rank_only()
+    def save(self, engine: Engine) -> None:
+        _write(self.network, self.output_dir / f"step-{engine.state.iteration}.pt")
+        for step in self._steps()[: -self.keep]:
+            (self.output_dir / f"step-{step}.pt").unlink()
 
 
 class EarlierWeightsKeeper:

@@ -76,7 +76,7 @@ def segmented(dataset, tmp_path_factory) -> Path:
 def test_training_leaves_the_best_network_the_last_epoch_and_a_log(trained):
     SkipDenseSeg().load_state_dict(torch.load(trained / "model.pt", weights_only=True))
     last = torch.load(trained / "last.pt", weights_only=True)
-    assert set(last) == {"model", "optimizer", "lr_scheduler"}
+    assert {"model", "optimizer", "lr_scheduler", "progress"} <= set(last)
     assert last["lr_scheduler"]["last_epoch"] == 4  # two epochs of two steps
     assert {path.name for path in trained.glob("*.pt")} == {"model.pt", "last.pt"}
     assert list(trained.glob("events.out.tfevents*"))

@@ -123,6 +123,6 @@ def test_every_expression_parses_with_no_dataset_present(tmp_path):
 
 
 def test_no_path_of_this_machine_in_the_configs():
-    for path in CONFIGS.iterdir():
+    for path in CONFIGS.rglob("*.*"):
         assert str(Path.home()) not in path.read_text()
-        assert "cuda:0" not in path.read_text()
+        assert "cuda" not in path.read_text()

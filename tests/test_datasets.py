@@ -10,7 +10,7 @@ from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTransform, ToTensor, Transform
 
 from scripts import datasets
-from scripts.datasets import ReadAheadDataLoader, cached_dataset
+from scripts.datasets import CropSampler, ReadAheadDataLoader, cached_dataset
 from scripts.errors import InputError
 
 
@@ -103,3 +103,28 @@ def test_subjects_in_memory_are_cut_from_uncopied_and_unchanged():
     assert {len(cached[0]["image"]) for _ in range(50)} > {1, 8}
     assert len({image.data_ptr() for image in given}) == 1
     assert torch.equal(given[0], torch.full((250_000,), 3.0))
+
+
+def test_every_subject_gives_as_many_patches_in_an_order_of_each_epoch():
+    sampler = CropSampler(Dataset(range(9)), num_crops=36, seed=3)
+    epochs = []
+    for epoch in (1, 2, 1):
+        sampler.set_epoch(epoch)
+        epochs.append(list(sampler))
+    assert len(sampler) == 36
+    assert epochs[0] == epochs[2] != epochs[1]
+    assert all(order.count(subject) == 4 for order in epochs for subject in range(9))
+    assert epochs[0] != list(CropSampler(Dataset(range(9)), num_crops=36, seed=4))
+
+
+def test_processes_share_out_the_patches_of_one(monkeypatch):
+    whole = list(CropSampler(Dataset(range(3)), num_crops=8, seed=0))
+    monkeypatch.setattr("ignite.distributed.get_world_size", lambda: 2)
+    shares = []
+    for rank in range(2):
+        monkeypatch.setattr("ignite.distributed.get_rank", lambda rank=rank: rank)
+        sampler = CropSampler(Dataset(range(3)), num_crops=8, seed=0)
+        shares.append(list(sampler))
+        assert len(sampler) == 4
+    # a batch of two on each has what one process has in a batch of four
+    assert [shares[rank][i] for i in range(4) for rank in range(2)] == whole

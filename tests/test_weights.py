@@ -4,7 +4,7 @@ from ignite.engine import Engine, Events
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.weights import EarlierWeightsKeeper, WholeCheckpointSaver, load_weights
+from scripts.weights import BestWeightsSaver, EarlierWeightsKeeper, StepWeightsSaver, load_weights
 
 
 @pytest.fixture
@@ -77,27 +77,43 @@ def test_no_earlier_weights(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("arguments", "name"),
-    [
-        ({"save_interval": 1, "n_saved": 1}, "model_epoch=1.pt"),
-        ({"save_interval": 1, "n_saved": 1, "interval_filename": "last.pt"}, "last.pt"),
-        ({"save_key_metric": True, "key_metric_filename": "model.pt"}, "model.pt"),
-    ],
-)
-def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, monkeypatch, arguments, name):
-    network = torch.nn.Linear(2, 2)
+@pytest.fixture
+def evaluator():
+    """An engine whose key metric is that of the epoch: 1 in the first, 3 in the second, 2 in the third."""
     engine = Engine(lambda engine, batch: None)
-    engine.state.key_metric_name = "dice"
+    engine.state.best_metric, engine.state.best_metric_epoch = -1, -1
 
     @engine.on(Events.EPOCH_COMPLETED)
-    def improve():
-        engine.state.metrics["dice"] = engine.state.epoch / 10
+    def compare():
+        metric = (1, 3, 2)[engine.state.epoch - 1]
+        if metric > engine.state.best_metric:
+            engine.state.best_metric, engine.state.best_metric_epoch = metric, engine.state.epoch
 
-    WholeCheckpointSaver(save_dir=str(tmp_path), save_dict={"model": network}, **arguments).attach(engine)
-    engine.run([0])
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    former = (tmp_path / name).read_bytes()
+    return engine
+
+
+def counting(engine):
+    """A network of one weight that is the number of the step, as training would leave it."""
+    network = torch.nn.Linear(1, 1, bias=False)
+    engine.add_event_handler(Events.ITERATION_COMPLETED, lambda: network.weight.data.fill_(engine.state.iteration))
+    return network
+
+
+def weight(path) -> float:
+    return torch.load(path, weights_only=True)["weight"].item()
+
+
+def test_best_network_is_kept(tmp_path, evaluator):
+    BestWeightsSaver(str(tmp_path / "new" / "model.pt"), counting(evaluator)).attach(evaluator)
+    evaluator.run([0], max_epochs=3)
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.pt"]
+    assert weight(tmp_path / "new" / "model.pt") == 2
+
+
+def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, evaluator, monkeypatch):
+    path = tmp_path / "model.pt"
+    path.write_bytes(b"former")
+    BestWeightsSaver(str(path), counting(evaluator)).attach(evaluator)
 
     def broken(state, file):
         file.write_bytes(b"half")
@@ -105,9 +121,31 @@ def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, monkeypatch, ar
 
     with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
         patch.setattr(torch, "save", broken)
-        engine.run([0], max_epochs=2)
-    assert [path.name for path in tmp_path.iterdir()] == [name]
-    assert (tmp_path / name).read_bytes() == former
+        evaluator.run([0])
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"former"
 
-    engine.run([0], max_epochs=3)
-    assert len(list(tmp_path.iterdir())) == 1
+
+def test_newest_step_checkpoints_are_kept_also_after_resuming(tmp_path):
+    engine = Engine(lambda engine, batch: None)
+    StepWeightsSaver(str(tmp_path), counting(engine), interval=3, keep=2).attach(engine)
+    engine.run(range(5), max_epochs=2)
+    assert {path.name: weight(path) for path in tmp_path.iterdir()} == {"step-6.pt": 6, "step-9.pt": 9}
+    resumed = Engine(lambda engine, batch: None)
+
+    @resumed.on(Events.STARTED)
+    def count_on():
+        resumed.state.epoch, resumed.state.iteration = 2, 10
+
+    StepWeightsSaver(str(tmp_path), counting(resumed), interval=3, keep=2).attach(resumed)
+    resumed.run(range(5), max_epochs=3)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-12.pt", "step-15.pt"}
+
+
+def test_step_checkpoints_of_an_earlier_training_are_not_replaced(tmp_path):
+    (tmp_path / "step-6.pt").write_bytes(b"earlier")
+    engine = Engine(lambda engine, batch: None)
+    StepWeightsSaver(str(tmp_path), counting(engine), interval=3, keep=2).attach(engine)
+    with pytest.raises(InputError, match=r"step-6.pt: is of an earlier training; choose another --output_dir"):
+        engine.run(range(10))
+    assert (tmp_path / "step-6.pt").read_bytes() == b"earlier"

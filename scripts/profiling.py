@@ -1,0 +1,37 @@
+"""Where the time of a training step goes."""
+
+from pathlib import Path
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+
+from scripts.writers import whole_files
+
+
+class TraceSaver:
+    """Handler that records some training steps, after two that warm up, and writes what took how long.
+
+    The file is `trace-rank<n>.pt.trace.json`, which opens in Perfetto and in TensorBoard.
+
+    Args:
+        output_dir: the folder to write to.
+        steps: how many steps to record.
+    """
+
+    def __init__(self, output_dir: str, steps: int) -> None:
+        self.output_dir = Path(output_dir)
+        self.profiler = torch.profiler.profile(
+            schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=self.write
+        )
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.profiler.start)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.profiler.step)
+        engine.add_event_handler(Events.COMPLETED, self.profiler.stop)
+
+    def write(self, profiler: torch.profiler.profile) -> None:
+        name = f"trace-rank{idist.get_rank()}.pt.trace.json"
+        with whole_files(self.output_dir) as temporary:
+            profiler.export_chrome_trace(str(temporary / name))
+        print(f"trace of training steps: {self.output_dir / name}")

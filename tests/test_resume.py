@@ -1,0 +1,170 @@
+"""A training that is killed goes on as if it hadn't been."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import QUICK, ROOT, bundle, last_line
+from ignite.engine import Events
+from monai.bundle import ConfigWorkflow
+
+from scripts.errors import InputError
+
+SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2, "patch_size": [32, 32, 32]}
+# runs the bundle's command line, but ends the process without warning: while the state after epoch 2 is written, or
+# in the midst of epoch 3
+KILLED = """
+import os, runpy, signal, sys, torch
+moment, save, step = sys.argv.pop(1), torch.save, torch.optim.AdamW.step
+steps = []
+
+def kill():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def save_half(state, path):
+    save(state, path)
+    if moment == "writing" and state.get("progress", {}).get("epoch") == 2:
+        os.truncate(path, path.stat().st_size // 2)
+        kill()
+
+def step_or_die(self, *args, **kwargs):
+    steps.append(step(self, *args, **kwargs))
+    if moment == "computing" and len(steps) == 5:
+        kill()
+
+torch.save, torch.optim.AdamW.step = save_half, step_or_die
+runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
+"""
+
+
+def train(dataset, output, **settings):
+    """Train in this process; returns the loss of each step."""
+    workflow = ConfigWorkflow(
+        str(ROOT / "configs" / "train.json"),
+        workflow_type="train",
+        bundle_root=str(ROOT),
+        dataset_dir=str(dataset),
+        output_dir=str(output),
+        ckpt_dir=str(output),
+        **(SETTINGS | settings),
+    )
+    workflow.initialize()
+    losses = {}
+    trainer = workflow.trainer
+    trainer.add_event_handler(
+        Events.ITERATION_COMPLETED, lambda: losses.update({trainer.state.iteration: trainer.state.output[0]["loss"]})
+    )
+    workflow.run()
+    return {step: float(loss) for step, loss in losses.items()}
+
+
+def same(first, second) -> bool:
+    """Whether two checkpoints hold the same, to the last bit."""
+    if isinstance(first, torch.Tensor):
+        return torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return first == second
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset, tmp_path_factory):
+    output = tmp_path_factory.mktemp("uninterrupted")
+    return output, train(dataset, output)
+
+
+@pytest.mark.parametrize("moment", ["writing", pytest.param("computing", marks=pytest.mark.slow)])
+def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninterrupted, moment, capsys):
+    (tmp_path / "killed.py").write_text(KILLED)
+    output = tmp_path / "out"
+    arguments = [
+        *(sys.executable, "-W", "ignore", str(tmp_path / "killed.py"), moment, "run", "training"),
+        *("--config_file", "configs/train.json", *QUICK, "--epochs", "3"),
+        *("--dataset_dir", str(dataset), "--output_dir", str(output), "--ckpt_dir", str(output)),
+    ]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+    assert result.returncode == -signal.SIGKILL
+    complete = 1 if moment == "writing" else 2
+    assert torch.load(output / "last.pt", weights_only=True)["progress"]["epoch"] == complete
+    losses = train(dataset, output, resume=True)
+    assert f"goes on after epoch {complete} of 3" in capsys.readouterr().out
+    expected_output, expected_losses = uninterrupted
+    assert losses == {step: loss for step, loss in expected_losses.items() if step > 2 * complete}
+    for name in ("last.pt", "model.pt"):
+        assert same(*(torch.load(folder / name, weights_only=True) for folder in (output, expected_output))), name
+
+
+def test_nothing_to_resume_starts_at_the_first_epoch(dataset, tmp_path, uninterrupted, capsys):
+    assert train(dataset, tmp_path, resume=True) == uninterrupted[1]
+    assert f"{tmp_path}/last.pt isn't there: training starts at the first epoch" in capsys.readouterr().out
+
+
+def test_finished_training_has_nothing_left_to_do(dataset, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted[0], tmp_path / "out")
+    assert train(dataset, tmp_path / "out", resume=True) == {}
+    first, second = ((folder / "model.pt").read_bytes() for folder in (uninterrupted[0], tmp_path / "out"))
+    assert first == second
+
+
+def test_worse_epoch_after_resuming_does_not_replace_the_best_network(dataset, tmp_path, uninterrupted):
+    output = tmp_path / "out"
+    shutil.copytree(uninterrupted[0], output)
+    state = torch.load(output / "last.pt", weights_only=True)
+    state["progress"] |= {"epoch": 2, "best_metric": 0.99, "best_metric_epoch": 1}
+    state["lr_scheduler"] |= {"last_epoch": 4, "_step_count": 5}
+    torch.save(state, output / "last.pt")
+    best = (output / "model.pt").read_bytes()
+    assert set(train(dataset, output, resume=True)) == {5, 6}
+    assert (output / "model.pt").read_bytes() == best
+    assert torch.load(output / "last.pt", weights_only=True)["progress"]["best_metric"] == 0.99
+
+
+def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterrupted):
+    shutil.copy(uninterrupted[0] / "last.pt", tmp_path)
+    former = (tmp_path / "last.pt").read_bytes()
+    train(dataset, tmp_path, epochs=1)
+    assert former in [path.read_bytes() for path in tmp_path.glob("last-*.pt")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 5}, "its training has 3 epochs, not 5"),
+        ({"crops_per_epoch": 4}, "its training has 2 steps_per_epoch, not 4"),
+        ({"optimizer#_target_": "torch.optim.Adam"}, "'optimizer': 'AdamW'"),
+        ({"network_def#growth_rate": 8}, "a checkpoint of another network"),
+    ],
+)
+def test_state_of_another_training(dataset, tmp_path, uninterrupted, settings, message):
+    shutil.copy(uninterrupted[0] / "last.pt", tmp_path)
+    state = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(RuntimeError) as caught:  # by which MONAI wraps what its components raise
+        train(dataset, tmp_path, resume=True, **settings)
+    assert isinstance(caught.value.__cause__, InputError)
+    assert message in str(caught.value.__cause__)
+    assert (tmp_path / "last.pt").read_bytes() == state
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_damaged_state(dataset, tmp_path, uninterrupted):
+    (tmp_path / "last.pt").write_bytes((uninterrupted[0] / "last.pt").read_bytes()[:5000])
+    result = bundle(
+        *("run", "training", "--config_file", "configs/train.json", *QUICK, "--resume", "True"),
+        *("--dataset_dir", str(dataset), "--output_dir", str(tmp_path), "--ckpt_dir", str(tmp_path)),
+    )
+    assert result.returncode != 0
+    assert "Traceback" not in result.stdout + result.stderr
+    assert last_line(result).startswith(f"error: {tmp_path}/last.pt: can't be read as a checkpoint")
+
+
+def test_weights_alone_are_no_state(dataset, tmp_path, uninterrupted):
+    shutil.copy(uninterrupted[0] / "model.pt", tmp_path / "last.pt")
+    with pytest.raises(RuntimeError) as caught:
+        train(dataset, tmp_path, resume=True)
+    assert str(caught.value.__cause__).startswith(f"{tmp_path}/last.pt: isn't the state of this training")
