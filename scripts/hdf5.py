@@ -96,7 +96,7 @@ def prepare_hdf5(dataset_dir: str, output_dir: str, val_subjects: Ids = (9,)) ->
         if (other := output / other_folder / _file_of(subject)).exists():
             raise InputError(
                 f"{other}: is there already, and subject {subject['subject']} belongs in {folder} now; "
-                f"remove it, choose another --output_dir, or name its val_subjects"
+                f"remove it, choose another --output_dir, or set --val_subjects as it was then"
             )
     for subject, folder, _ in tqdm(planned, desc="HDF5 files", unit="subject"):
         _write(subject, output / folder)
