@@ -1,6 +1,7 @@
 """Which files make up a subject, and which subjects train, validate and are segmented.
 
 A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path]) and, if it has one, `label` (a path).
+Where an HDF5 file in the published layout holds the subject, all three paths are that of the file.
 """
 
 import re
@@ -13,7 +14,11 @@ from monai.utils import ensure_tuple
 from scripts.errors import InputError
 
 FILE_NAME = re.compile(r"subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(?P<suffix>hdr|img|nii|nii\.gz)", re.IGNORECASE)
-EXPECTED_NAMES = "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz"
+HDF5_NAME = re.compile(r"train_iseg_nocut_(?P<subject>.+)\.h5")
+EXPECTED_NAMES = (
+    "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz, "
+    "or train_iseg_nocut_<id>.h5"
+)
 
 
 class Subject(TypedDict):
@@ -54,33 +59,39 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
 
 
 def find_subjects(dataset_dir: str) -> list[Subject]:
-    """All subjects in a folder and the folders below it, in the naming of iSeg-2017 or iSeg-2019.
+    """All subjects in a folder and the folders below it, in the naming of iSeg-2017, iSeg-2019 or the published HDF5.
 
     Args:
         dataset_dir: folder with `subject-<id>-T1`, `-T2` and `-label` files (capitals or not), each Analyze
-            (`.hdr` and `.img`) or NIfTI. Hidden files and `__MACOSX` are passed over. It needn't exist.
+            (`.hdr` and `.img`) or NIfTI, or with `train_iseg_nocut_<id>.h5` for a labelled subject. Hidden files and
+            `__MACOSX` are passed over. It needn't exist.
 
     Returns:
         The subjects by ascending id; none where the folder holds none.
 
     Raises:
-        InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, or two
-            files for one volume.
+        InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, two files
+            for one volume, or images beside an HDF5 file.
     """
     root = Path(dataset_dir)
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(root.glob("**/*")):
-        name = FILE_NAME.fullmatch(path.name)
+        name = FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name)
         if name is None or _is_hidden(path.relative_to(root)):
             continue
         files = found.setdefault(name["subject"], {})
         path = _volume_file(path)
-        other = files.setdefault(name["kind"].upper(), path)
+        other = files.setdefault("HDF5" if name.re is HDF5_NAME else name["kind"].upper(), path)
         if other != path:
             raise InputError(f"{path}: subject {name['subject']} has {other} as well; keep one of the two")
     subjects: list[Subject] = []
     for subject_id in sorted(found, key=_natural_order):
         files = found[subject_id]
+        if hdf5 := files.pop("HDF5", None):
+            for other in files.values():
+                raise InputError(f"{hdf5}: subject {subject_id} has {other} as well; keep the HDF5 file or the images")
+            subjects.append({"subject": subject_id, "image": [str(hdf5), str(hdf5)], "label": str(hdf5)})
+            continue
         for modality in ("T1", "T2"):
             if modality not in files:
                 raise InputError(
@@ -139,12 +150,18 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None) -> list[Subject]
     None where the folder holds none.
 
     Raises:
-        InputError: one of them isn't there, or as `find_subjects`.
+        InputError: one of them isn't there or is an HDF5 file, or as `find_subjects`.
     """
     found = find_subjects(dataset_dir)
     if subjects is None:
         return [subject for subject in found if "label" not in subject]
     chosen = _pick(found, subjects, dataset_dir, "subjects")
+    for subject in chosen:
+        if subject["image"][0].endswith(".h5"):
+            raise InputError(
+                f"{subject['image'][0]}: lacks the scan and its grid, on which subject {subject['subject']} would be "
+                f"segmented; give its T1 and T2 images"
+            )
     return [{"subject": subject["subject"], "image": subject["image"]} for subject in chosen]
 
 

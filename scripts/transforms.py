@@ -5,6 +5,7 @@ from collections.abc import Hashable, Mapping
 from enum import IntEnum
 from typing import Any
 
+import h5py
 import nibabel as nib
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ class Tissue(IntEnum):
 
 # label values in iSeg files; their places are the labels in memory: background, CSF, GM, WM
 ISEG_VALUES = (0, 10, 150, 250)
+# affine of an iSeg volume, LAS and 1 mm, up to its origin; HDF5 files have none of their own
+ISEG_AFFINE = np.diag([-1.0, 1.0, 1.0, 1.0])
+# voxels along a side; more than that is no brain, and a damaged or hostile file must not fill the memory
+LONGEST_HDF5_SIDE = 512
 
 
 def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -82,6 +87,81 @@ def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
     return np.searchsorted(ISEG_VALUES, values).astype(np.uint8)
 
 
+def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
+    """Refuse a subject whose brain the published HDF5 layout can't convey: there T1's lowest value is background.
+
+    Args:
+        t1: (X, Y, Z), with background 0.
+        label: labels 0 to 3 on the same grid.
+        path: for the message.
+
+    Raises:
+        InputError: T1 is below 0 somewhere or isn't 0 in all corners, or most of the label lies outside T1 > 0.
+    """
+    if t1.min() < 0 or t1[np.ix_([0, -1], [0, -1], [0, -1])].any():
+        raise InputError(
+            f"{path}: T1 isn't lowest, and the same, in all corners of the volume, so the brain can't be told from "
+            f"its background; give a skull-stripped T1 without negative values, as HDF5 in the published layout"
+        )
+    labeled = label > 0
+    if np.count_nonzero(labeled & (t1 > 0)) < np.count_nonzero(labeled) / 2:
+        raise InputError(f"{path}: most of the label lies outside the brain of T1; check that the two belong together")
+
+
+def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
+    """Numbers (channels, Z, X, Y) of a dataset (1, channels, Z, X, Y) that the file holds itself."""
+    links = file.id.links  # asking by way of `name in file` would follow a link to another file
+    if not links.exists(name.encode()):
+        raise InputError(f"{file.filename}: has no dataset '{name}'; give a file with 'data' and 'label'")
+    if links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
+        raise InputError(f"{file.filename}: '{name}' is a link to elsewhere; copy the dataset itself into the file")
+    dataset = file[name]
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "fiu":
+        raise InputError(f"{file.filename}: '{name}' isn't a dataset of numbers; prepare the file again")
+    if dataset.is_virtual or dataset.external:
+        raise InputError(f"{file.filename}: '{name}' keeps its values in other files; copy them into the file")
+    shape = dataset.shape or ()
+    if shape[:2] != (1, channels) or len(shape) != 5 or not all(1 <= side <= LONGEST_HDF5_SIDE for side in shape[2:]):
+        raise InputError(
+            f"{file.filename}: '{name}' has shape {shape}, not (1, {channels}, Z, X, Y) with sides of 1 to "
+            f"{LONGEST_HDF5_SIDE}; prepare the file again"
+        )
+    return dataset[0]
+
+
+def read_hdf5(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read a subject from an HDF5 file in the published layout.
+
+    The file has the datasets `data`, (1, 2, Z, X, Y), T1 and T2 after normalisation, and `label`, (1, 1, Z, X, Y), in
+    any number type, chunking and compression that h5py reads, on the axes of an iSeg file (LAS, 1 mm).
+
+    Returns:
+        T1 and T2 as float32 (2, X, Y, Z), each shifted so that the background is 0 as in the scan, but in units of the
+        scan's standard deviation, and labels 0 to 3 as uint8 (X, Y, Z).
+
+    Raises:
+        InputError: the file can't be read whole, holds something else, keeps its values elsewhere, has NaN or infinite
+            values, or as `tissue_labels` and `require_found_brain`.
+    """
+    try:
+        with h5py.File(path, "r") as file:
+            data, label = _hdf5_values(file, "data", channels=2), _hdf5_values(file, "label", channels=1)
+    except InputError:
+        raise
+    except Exception as error:  # what h5py raises for a damaged file depends on where the damage is
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: can't be read ({reason}); copy or prepare the file again") from error
+    if label.shape[1:] != data.shape[1:]:
+        raise InputError(f"{path}: shape {label.shape} of 'label' doesn't fit {data.shape} of 'data'; prepare it again")
+    data = np.moveaxis(data.astype(np.float32), 1, -1)
+    if not np.isfinite(data).all():
+        raise InputError(f"{path}: has NaN or infinite values; prepare the file again from the scans")
+    labels = np.ascontiguousarray(np.moveaxis(tissue_labels(label[0], path), 0, -1))
+    image = np.ascontiguousarray(data - data[:, :1, :1, :1])  # the first corner is background
+    require_found_brain(image[0], labels, path)
+    return image, labels
+
+
 def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTensor:
     meta = {
         MetaKeys.ORIGINAL_AFFINE: affine,
@@ -95,33 +175,42 @@ def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTenso
 class LoadSubjectd(Transform):
     """Load the T1, T2 and label of a subject and check that they belong together.
 
-    Takes a dict with `image` ([T1 path, T2 path]) and, where there is one, `label` (a path). Gives, on the grid of
-    the T1 file and with its affine, a copy with:
+    Takes a dict with `image` ([T1 path, T2 path]) and, where there is one, `label` (a path); all three the same `.h5`
+    where that holds the subject. Gives, on the grid of the T1 file and with its affine, a copy with:
 
-    - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk
+    - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or from HDF5 as `read_hdf5` gives them
     - `t1`: float32 (1, X, Y, Z), the first channel once more, to be kept on its own grid
     - `label`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is one
 
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
 
     Raises:
-        InputError: as `read_volume` and `tissue_labels`, or the volumes differ in grid, or T1 is nowhere above 0.
+        InputError: as `read_volume`, `tissue_labels` and `read_hdf5`, or the volumes differ in grid, or T1 is nowhere
+            above 0.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         t1_path, t2_path = data["image"]
-        t1, affine = read_volume(t1_path)
-        t2, t2_affine = read_volume(t2_path)
-        _require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
-        if not (t1 > 0).any():
+        label = None
+        if t1_path.endswith(".h5"):
+            image, label = read_hdf5(t1_path)
+            affine = ISEG_AFFINE.copy()
+        else:
+            t1, affine = read_volume(t1_path)
+            t2, t2_affine = read_volume(t2_path)
+            _require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
+            image = np.stack([t1, t2])
+            if "label" in data:
+                values, label_affine = read_volume(data["label"])
+                _require_same_grid(data["label"], values, label_affine, t1_path, t1, affine)
+                label = tissue_labels(values, data["label"])
+        if not (image[0] > 0).any():
             raise InputError(f"{t1_path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")
         loaded = dict(data)
-        loaded["image"] = _meta_tensor(np.stack([t1, t2]), affine, t1_path)
-        loaded["t1"] = _meta_tensor(t1[None], affine, t1_path)
-        if "label" in data:
-            label, label_affine = read_volume(data["label"])
-            _require_same_grid(data["label"], label, label_affine, t1_path, t1, affine)
-            loaded["label"] = _meta_tensor(tissue_labels(label, data["label"])[None], affine, data["label"])
+        loaded["image"] = _meta_tensor(image, affine, t1_path)
+        loaded["t1"] = _meta_tensor(image[:1].copy(), affine, t1_path)
+        if label is not None:
+            loaded["label"] = _meta_tensor(label[None], affine, data["label"])
         return loaded
 
 

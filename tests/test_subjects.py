@@ -51,6 +51,21 @@ def test_both_namings_and_all_suffixes_in_one_folder(tmp_path):
     ]
 
 
+def test_hdf5_files_beside_images_of_others(tmp_path):
+    names = [f"data_{part}_no_cut/train_iseg_nocut_{subject}.h5" for part, subject in (("train", 10), ("val", 9))]
+    touch(tmp_path, *names, "subject-2-T1.nii", "subject-2-T2.nii", "other.h5", "._train_iseg_nocut_3.h5")
+    ten, nine = (str(tmp_path / name) for name in names)
+    assert find_subjects(str(tmp_path))[1:] == [
+        {"subject": "9", "image": [nine, nine], "label": nine},
+        {"subject": "10", "image": [ten, ten], "label": ten},
+    ]
+    assert ids(training_subjects(str(tmp_path), [9])) == ["10"]
+    assert ids(validation_subjects(str(tmp_path), [9])) == ["9"]
+    assert ids(subjects_to_segment(str(tmp_path), None)) == ["2"]
+    with pytest.raises(InputError, match=r"nocut_9.h5: lacks the scan .* give its T1 and T2 images"):
+        subjects_to_segment(str(tmp_path), [2, 9])
+
+
 def test_leftovers_of_a_mac_are_passed_over(tmp_path):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     touch(tmp_path, "__MACOSX/subject-2-T1.hdr", "._subject-1-T1.hdr", ".hidden/subject-3-T1.nii")
@@ -92,6 +107,8 @@ def test_absent_folder_has_no_subjects(tmp_path):
         (["subject-1-T1.img"], r"subject-1-T1.img: its header subject-1-T1.hdr is missing"),
         ([*analyze("subject-1-T1"), "subject-1-T1.nii.gz"], r"subject 1 has .*subject-1-T1.hdr as well; keep one"),
         (["a/subject-1-T1.nii", "b/subject-1-T1.nii"], r"keep one of the two"),
+        (["train_iseg_nocut_1.h5", "subject-1-T1.nii"], r"nocut_1.h5: subject 1 has .*subject-1-T1.nii as well; keep"),
+        (["a/train_iseg_nocut_1.h5", "b/train_iseg_nocut_1.h5"], r"subject 1 has .*nocut_1.h5 as well; keep one"),
     ],
 )
 def test_incomplete_or_ambiguous_subjects_are_refused(tmp_path, names, message):
