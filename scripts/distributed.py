@@ -59,8 +59,12 @@ def join(output_dir: str, device: torch.device) -> None:
         return
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
-    torch.distributed.init_process_group(torch.distributed.get_default_backend_for_device(device))
-    rank = idist.get_rank()  # by all ranks together here, since ignite's first call waits for the others
+    store, rank, ranks = next(torch.distributed.rendezvous("env://"))
+    # after a restart the store still has the addresses of the processes before
+    store = torch.distributed.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    backend = torch.distributed.get_default_backend_for_device(device)
+    torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
+    idist.get_rank()  # by all ranks together here, since ignite's first call waits for the others
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     log = (Path(output_dir) / f"rank-{rank}.log").open("a", buffering=1)
     handler = logging.StreamHandler(log)
