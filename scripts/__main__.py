@@ -7,10 +7,11 @@ import fire
 
 from scripts.bench import bench
 from scripts.errors import InputError, show_input_errors_in_one_line
+from scripts.import_weights import import_weights
 from scripts.phantom import phantom
 from scripts.workflow import given_options, nearest
 
-COMMANDS = {"phantom": phantom, "bench": bench}
+COMMANDS = {"phantom": phantom, "bench": bench, "import_weights": import_weights}
 
 
 def refuse_unknown_options(arguments: list[str]) -> None:
