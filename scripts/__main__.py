@@ -9,9 +9,10 @@ from scripts.bench import bench
 from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.import_weights import import_weights
 from scripts.phantom import phantom
+from scripts.submission import submission
 from scripts.workflow import given_options, nearest
 
-COMMANDS = {"phantom": phantom, "bench": bench, "import_weights": import_weights}
+COMMANDS = {"phantom": phantom, "bench": bench, "import_weights": import_weights, "submission": submission}
 
 
 def refuse_unknown_options(arguments: list[str]) -> None:

@@ -54,9 +54,10 @@ def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
     return values, image.affine
 
 
-def _require_same_grid(
+def require_same_grid(
     path: str, values: np.ndarray, affine: np.ndarray, t1_path: str, t1: np.ndarray, t1_affine: np.ndarray
 ) -> None:
+    """Refuse a volume (X, Y, Z) that differs from the T1 in shape or in the 4 x 4 affine, by InputError."""
     if values.shape != t1.shape:
         raise InputError(
             f"{path}: shape {values.shape} differs from {t1.shape} of {t1_path}; resample it to the grid of T1"
@@ -112,7 +113,7 @@ class LoadSubjectd(Transform):
         t1_path, t2_path = data["image"]
         t1, affine = read_volume(t1_path)
         t2, t2_affine = read_volume(t2_path)
-        _require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
+        require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
         if not (t1 > 0).any():
             raise InputError(f"{t1_path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")
         loaded = dict(data)
@@ -120,7 +121,7 @@ class LoadSubjectd(Transform):
         loaded["t1"] = _meta_tensor(t1[None], affine, t1_path)
         if "label" in data:
             label, label_affine = read_volume(data["label"])
-            _require_same_grid(data["label"], label, label_affine, t1_path, t1, affine)
+            require_same_grid(data["label"], label, label_affine, t1_path, t1, affine)
             loaded["label"] = _meta_tensor(tissue_labels(label, data["label"])[None], affine, data["label"])
         return loaded
 
