@@ -8,10 +8,18 @@ import fire
 from scripts.bench import bench
 from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.hdf5 import prepare_hdf5
+from scripts.import_weights import import_weights
 from scripts.phantom import phantom
+from scripts.submission import submission
 from scripts.workflow import given_options, nearest
 
-COMMANDS = {"phantom": phantom, "bench": bench, "prepare_hdf5": prepare_hdf5}
+COMMANDS = {
+    "phantom": phantom,
+    "prepare_hdf5": prepare_hdf5,
+    "import_weights": import_weights,
+    "submission": submission,
+    "bench": bench,
+}
 
 
 def refuse_unknown_options(arguments: list[str]) -> None:

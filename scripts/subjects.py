@@ -58,6 +58,31 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
     return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
 
 
+def _find_volumes(directory: str) -> dict[str, dict[str, Path]]:
+    """The files in a folder and those below it by subject and by kind (T1, T2, LABEL, HDF5); raises as `find_subjects`."""
+    root = Path(directory)
+    found: dict[str, dict[str, Path]] = {}
+    for path in sorted(root.glob("**/*")):
+        name = FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name)
+        if name is None or _is_hidden(path.relative_to(root)):
+            continue
+        files = found.setdefault(name["subject"], {})
+        path = _volume_file(path)
+        other = files.setdefault("HDF5" if name.re is HDF5_NAME else name["kind"].upper(), path)
+        if other != path:
+            raise InputError(f"{path}: subject {name['subject']} has {other} as well; keep one of the two")
+    return found
+
+
+def find_labels(directory: str) -> dict[str, str]:
+    """The label files in a folder and the folders below it, by subject.
+
+    Raises:
+        InputError: half of an Analyze pair, or two files for one volume.
+    """
+    return {subject: str(files["LABEL"]) for subject, files in _find_volumes(directory).items() if "LABEL" in files}
+
+
 def find_subjects(dataset_dir: str) -> list[Subject]:
     """All subjects in a folder and the folders below it, in the naming of iSeg-2017, iSeg-2019 or the published HDF5.
 
@@ -73,17 +98,7 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
         InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, two files
             for one volume, or images beside an HDF5 file.
     """
-    root = Path(dataset_dir)
-    found: dict[str, dict[str, Path]] = {}
-    for path in sorted(root.glob("**/*")):
-        name = FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name)
-        if name is None or _is_hidden(path.relative_to(root)):
-            continue
-        files = found.setdefault(name["subject"], {})
-        path = _volume_file(path)
-        other = files.setdefault("HDF5" if name.re is HDF5_NAME else name["kind"].upper(), path)
-        if other != path:
-            raise InputError(f"{path}: subject {name['subject']} has {other} as well; keep one of the two")
+    found = _find_volumes(dataset_dir)
     subjects: list[Subject] = []
     for subject_id in sorted(found, key=_natural_order):
         files = found[subject_id]

@@ -59,9 +59,10 @@ def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
     return values, image.affine
 
 
-def _require_same_grid(
+def require_same_grid(
     path: str, values: np.ndarray, affine: np.ndarray, t1_path: str, t1: np.ndarray, t1_affine: np.ndarray
 ) -> None:
+    """Refuse a volume (X, Y, Z) that differs from the T1 in shape or in the 4 x 4 affine, by InputError."""
     if values.shape != t1.shape:
         raise InputError(
             f"{path}: shape {values.shape} differs from {t1.shape} of {t1_path}; resample it to the grid of T1"
@@ -198,11 +199,11 @@ class LoadSubjectd(Transform):
         else:
             t1, affine = read_volume(t1_path)
             t2, t2_affine = read_volume(t2_path)
-            _require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
+            require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
             image = np.stack([t1, t2])
             if "label" in data:
                 values, label_affine = read_volume(data["label"])
-                _require_same_grid(data["label"], values, label_affine, t1_path, t1, affine)
+                require_same_grid(data["label"], values, label_affine, t1_path, t1, affine)
                 label = tissue_labels(values, data["label"])
         if not (image[0] > 0).any():
             raise InputError(f"{t1_path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")

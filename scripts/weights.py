@@ -1,6 +1,7 @@
 """Checkpoints: written whole, loaded whole or not at all, never lost to a later training."""
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 
@@ -10,6 +11,47 @@ from ignite.engine import Engine, Events
 
 from scripts.errors import InputError
 from scripts.writers import whole_files
+
+
+def read_checkpoint(path: str) -> Any:
+    """What `torch.save` wrote to a file, on the CPU; nothing in the file is run.
+
+    Raises:
+        InputError: the file can't be read whole, or holds other Python objects than tensors, numbers and containers.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # what torch raises for a damaged file depends on where the damage is
+        if foreign := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
+            raise InputError(
+                f"{path}: refers to {foreign[1]}, so loading it could run code; it wasn't loaded; "
+                f"have it saved again as a plain state dict"
+            ) from error
+        raise InputError(f"{path}: can't be read as a checkpoint; copy it again or train anew") from error
+
+
+def require_fit(state: Mapping[str, Any], network: torch.nn.Module, path: str, remedy: str) -> None:
+    """Refuse a state dict that hasn't exactly the tensors of a network.
+
+    Args:
+        state: tensors by name.
+        network: whose tensors they should be.
+        path: where `state` is from, for the message.
+        remedy: what to do, for the message.
+
+    Raises:
+        InputError: tensors are missing, unknown or of another shape.
+    """
+    expected = network.state_dict()
+    missing = [name for name in expected if name not in state]
+    unknown = [name for name in state if name not in expected]
+    misshapen = [n for n in expected if n in state and getattr(state[n], "shape", None) != expected[n].shape]
+    if missing or unknown or misshapen:
+        first = (missing + misshapen + unknown)[0]
+        raise InputError(
+            f"{path}: a checkpoint of another network: {len(missing)} of {len(expected)} tensors missing, "
+            f"{len(unknown)} unknown, {len(misshapen)} of another shape (the first: {first}); {remedy}"
+        )
 
 
 def load_weights(network: torch.nn.Module, path: str) -> None:
@@ -24,22 +66,9 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train first, or name another folder by --ckpt_dir")
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # what torch raises for a damaged file depends on where the damage is
-        raise InputError(f"{path}: can't be read as a checkpoint; copy it again or train anew") from error
+    state = read_checkpoint(path)
     state = state.get("model", state) if isinstance(state, dict) else {}
-    expected = network.state_dict()
-    missing = [name for name in expected if name not in state]
-    unknown = [name for name in state if name not in expected]
-    misshapen = [n for n in expected if n in state and getattr(state[n], "shape", None) != expected[n].shape]
-    if missing or unknown or misshapen:
-        first = (missing + misshapen + unknown)[0]
-        raise InputError(
-            f"{path}: a checkpoint of another network: {len(missing)} of {len(expected)} tensors missing, "
-            f"{len(unknown)} unknown, {len(misshapen)} of another shape (the first: {first}); "
-            f"set network_def to the network it was trained with"
-        )
+    require_fit(state, network, path, "set network_def to the network it was trained with")
     network.load_state_dict(state)
 
 

@@ -79,6 +79,8 @@ def write_label(path: str | Path, label: np.ndarray, t1_path: str) -> None:
         # given an affine, nibabel writes a .mat file beside the pair
         image = nib.Spm2AnalyzeImage(values, None if header_says_it else t1.affine, header)
         image.set_data_dtype(np.uint8)
+        if not header_says_it:  # readers that don't know of the .mat file take the voxel at 0 mm, counted from 1
+            image.header["origin"][:3] = np.round(np.linalg.inv(t1.affine)[:3, 3]) + 1
     else:
         image = nib.Nifti1Image(label, t1.affine)
         image.header.set_xyzt_units("mm")
