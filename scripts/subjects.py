@@ -4,11 +4,13 @@ A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path]) 
 Where an HDF5 file in the published layout holds the subject, all three paths are that of the file.
 """
 
+import posixpath
 import re
 from collections.abc import Collection
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NotRequired, TypedDict
 
+from fsspec.core import split_protocol
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError
@@ -59,7 +61,7 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
 
 
 def _find_volumes(directory: str) -> dict[str, dict[str, Path]]:
-    """The files in a folder and those below it by subject and by kind (T1, T2, LABEL, HDF5); raises as `find_subjects`."""
+    """Files in a folder and those below it by subject and by kind (T1, T2, LABEL, HDF5); raises as `find_labels`."""
     root = Path(directory)
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(root.glob("**/*")):
@@ -209,13 +211,22 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
     )
 
 
+def _place(folder: str) -> tuple[str, PurePath]:
+    """Protocol and path of a folder, so that two names of one place are alike; a plain path is a `file`."""
+    protocol, path = split_protocol(folder)
+    if protocol in (None, "file", "local"):
+        return "file", Path(path).resolve()
+    return {"s3a": "s3", "gcs": "gs"}.get(protocol, protocol), PurePosixPath(posixpath.normpath(path.strip("/")))
+
+
 def require_apart(dataset_dir: str, output_dir: str) -> None:
     """Refuse to write label images among the subjects, where they would count as true labels the next time.
 
     Raises:
-        InputError: `output_dir` is `dataset_dir` or lies below it.
+        InputError: `output_dir` is `dataset_dir` or lies below it. Either may be a URL.
     """
-    if Path(output_dir).resolve().is_relative_to(Path(dataset_dir).resolve()):
+    (protocol, dataset), (output_protocol, output) = _place(dataset_dir), _place(output_dir)
+    if output_protocol == protocol and output.is_relative_to(dataset):
         raise InputError(
             f"{output_dir}: lies in the dataset, where segmentations would be taken for true labels; "
             f"choose an --output_dir outside {dataset_dir}"

@@ -7,7 +7,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, ClassVar
+from weakref import WeakSet
 
 import nibabel as nib
 import numpy as np
@@ -105,6 +106,8 @@ class BackgroundWriter(ABC):
     At most one subject waits to be written. What goes wrong in the thread is raised at the next subject or at the end.
     """
 
+    writing: ClassVar[WeakSet[Future[None]]] = WeakSet()  # of all these handlers
+
     def __init__(self) -> None:
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.unfinished: list[Future[None]] = []
@@ -116,6 +119,7 @@ class BackgroundWriter(ABC):
     def begin(self, engine: Engine) -> None:
         self.finish()
         self.unfinished = [self.thread.submit(self.write, item) for item in segmented_subjects(engine)]
+        self.writing.update(self.unfinished)
 
     def finish(self) -> None:
         for written in self.unfinished:

@@ -135,6 +135,20 @@ def test_output_among_the_subjects(tmp_path):
         require_apart(str(tmp_path / "data"), str(tmp_path / output))
 
 
+def test_output_among_the_subjects_by_url(tmp_path):
+    dataset = "s3://bucket/data"
+    for output in ("s3://bucket/data/", "s3://bucket/data/labels", "s3a://bucket/data", "s3://bucket/x/../data/y"):
+        with pytest.raises(InputError, match="lies in the dataset"):
+            require_apart(dataset, output)
+    for output in ("s3://bucket", "s3://bucket/data-labels", "gs://bucket/data/x", "bucket/data/x", "eval"):
+        require_apart(dataset, output)
+    require_apart("bucket/data", "s3://bucket/data/x")
+    with pytest.raises(InputError, match="lies in the dataset"):
+        require_apart(str(tmp_path), f"file://{tmp_path}/labels")
+    with pytest.raises(InputError, match="lies in the dataset"):
+        require_apart("s3://bucket", "s3://bucket/labels")
+
+
 def test_nothing_to_work_on(tmp_path):
     with pytest.raises(InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.hdr/\.img, \.nii"):
         require_subjects([], str(tmp_path), "train")

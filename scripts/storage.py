@@ -1,0 +1,384 @@
+"""Folders given by URL: copied in before a run, copied out while it runs.
+
+`dataset_dir`, `output_dir` and `ckpt_dir` are plain paths or URLs that fsspec knows, like `s3://bucket/folder`. For a
+URL the run works on a folder under `cache_dir`; for a plain path nothing here does anything.
+"""
+
+import errno
+import hashlib
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Collection, Sequence
+from concurrent import futures
+from datetime import datetime
+from pathlib import Path
+from typing import Any, NoReturn
+
+import fsspec
+from filelock import FileLock
+from fsspec.core import url_to_fs
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+from tqdm import tqdm
+
+from scripts.errors import InputError
+from scripts.writers import BackgroundWriter, whole_files
+
+PATIENCE = 60.0  # seconds for which a server that doesn't answer is asked again
+# where an upload appears whole or not at all, so that it needs no temporary name
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az", "oss", "oci", "tos"}
+# what servers call the version of a file, the surest first
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "modified", "updated", "created")
+# errors that waiting doesn't mend
+LASTING_ERRORS = (
+    *(FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError),
+    *(ValueError, NotImplementedError),
+)
+LASTING_ERRNOS = {errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
+UNFINISHED, KEPT, RECORD, LOCK = ".unfinished-", ".kept-", ".copied.json", ".lock"
+
+logger = logging.getLogger(__name__)
+
+
+class StorageError(InputError):
+    """What is given by URL can't be read or written. The message names the URL."""
+
+
+def is_url(folder: str) -> bool:
+    """Whether a folder is given by URL and not as a plain path."""
+    return "://" in str(folder)
+
+
+def local_dataset(folder: str, cache_dir: str) -> str:
+    """A plain path as it is; for a URL a folder under `cache_dir`, made a copy of all that lies there.
+
+    Files that are whole and of the server's present version aren't fetched again. Hidden ones are passed over.
+
+    Raises:
+        StorageError: nothing is there, or it can't be copied.
+    """
+    if not is_url(folder):
+        return folder
+    stored = StoredFolder(folder, cache_dir, "dataset")
+    stored.copy_in()
+    return str(stored.local)
+
+
+def local_results(folder: str, cache_dir: str, names: Sequence[str]) -> str:
+    """A plain path as it is; for a URL a folder under `cache_dir`, into which the files `names` are copied if there.
+
+    Raises:
+        StorageError: no such bucket, or they can't be copied. The folder itself needn't exist.
+    """
+    if not is_url(folder):
+        return folder
+    stored = StoredFolder(folder, cache_dir, "results")
+    stored.copy_in(names)
+    return str(stored.local)
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
+
+
+def _version(info: dict[str, Any]) -> list[Any]:
+    """What tells one content of a file on the server from another: its size, and an ETag or a time."""
+    stamp = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
+    return [info["size"], str(stamp.timestamp() if isinstance(stamp, datetime) else stamp)]
+
+
+def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system of a URL, and the folder's path on it."""
+    if re.match(r"[^/@]*://[^/@]*:[^/@]*@", url):
+        shown = re.sub(r"://[^/]*@", "://", url)
+        raise StorageError(
+            f"{shown}: has a password in it, which logs would show; give it by the environment or fsspec's settings"
+        )
+    try:
+        fs, root = url_to_fs(url)
+    except ImportError as error:
+        raise StorageError(f"{url}: a package is missing; {error}, by pip install") from error
+    except Exception as error:
+        raise StorageError(f"{url}: can't be opened ({_text(error)}); give a folder or another kind of URL") from error
+    return fs, root.rstrip("/")
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _lasting(error: Exception) -> bool:
+    return (
+        isinstance(error, LASTING_ERRORS)
+        or getattr(error, "errno", None) in LASTING_ERRNOS
+        or _is_refusal(error)
+        or type(error).__name__ == "ParamValidationError"  # of botocore, which needn't be there
+    )
+
+
+def _is_refusal(error: Exception) -> bool:
+    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
+
+
+class StoredFolder:
+    """A folder on a server and its copy here.
+
+    Beside the copy a record is kept of what was copied: for each file the version that the server named, and an MD5.
+    Processes take turns at a copy, so that those of one machine share it.
+
+    Args:
+        url: the folder on the server.
+        cache_dir: the copy is made in a folder below this one, named after the URL.
+        purpose: 'dataset' or 'results', which are copied to different places.
+
+    Raises:
+        StorageError: a kind of URL that isn't known or needs a package, or one with a password in it.
+    """
+
+    def __init__(self, url: str, cache_dir: str, purpose: str) -> None:
+        self.url = url.rstrip("/")
+        self.fs, self.root = _open(url)
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", self.url.split("://", 1)[1])[-60:].strip("-")
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
+        self.local = Path(cache_dir) / f"{purpose}-{readable}-{digest}"
+        self.seen: dict[str, tuple[int, int]] = {}  # size and time of files known to be on the server
+        try:
+            self.local.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise StorageError(f"{self.local}: can't be made ({_text(error)}); choose another --cache_dir") from error
+
+    def copy_in(self, names: Collection[str] | None = None) -> None:
+        """Bring the copy to what is on the server: all files, or those of `names` that are there.
+
+        Files that aren't on the server are removed here as well. One of `names` that was made here and never reached
+        the server is kept under a hidden name, with a warning.
+
+        Raises:
+            StorageError: all files are asked for and there are none, or as `_try`.
+        """
+        with self._turn():
+            there = self._try(self._list)
+            record = self._read_record()
+            if names is None and not there:
+                raise StorageError(f"{self.url}: no such folder, or nothing in it; check the name")
+            wanted = {name: info for name, info in there.items() if names is None or name in names}
+            outdated = {name: info for name, info in wanted.items() if not self._is_copied(name, info, record)}
+            surplus = set(self._local_names() if names is None else names) - set(wanted)
+            for name in sorted({*outdated, *surplus}):
+                if names is not None:
+                    self._keep_unsent(name, record)
+                (self.local / name).unlink(missing_ok=True)
+                record.pop(name, None)
+            total = sum(info["size"] for info in outdated.values())
+            with tqdm(
+                total=total, desc=f"copying {self.url}", unit="B", unit_scale=True, disable=not outdated
+            ) as progress:
+                for name, info in outdated.items():
+                    record[name] = {"version": _version(info), "md5": self._try(self._fetch, name, info)}
+                    self._write_record(record)
+                    progress.update(info["size"])
+
+    def copy_out(self) -> None:
+        """Bring new and changed files to the server; hidden ones stay here.
+
+        Raises:
+            StorageError: as `_try`; files that couldn't be copied are still here.
+        """
+        with self._turn():
+            record = self._read_record()
+            for name in sorted(self._local_names(), reverse=True):  # an .img before the .hdr that speaks of it
+                path = self.local / name
+                state = self._state(path)
+                if self.seen.get(name) == state:
+                    continue
+                digest = _md5(path)
+                if record.get(name, {}).get("md5") != digest:
+                    try:
+                        info = self._try(self._send, name, state, digest)
+                    except StorageError as error:
+                        raise StorageError(f"{error}; what wasn't copied lies in {self.local}") from error
+                    record[name] = {"version": _version(info), "md5": digest}
+                    self._write_record(record)
+                self.seen[name] = state
+
+    def _turn(self) -> FileLock:
+        return FileLock(self.local / LOCK)
+
+    def _try(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something with the server; where it fails for now, again with growing waits, for `PATIENCE` seconds.
+
+        Raises:
+            StorageError: it still fails, or for a reason that waiting doesn't mend.
+        """
+        end, wait = time.monotonic() + PATIENCE, 1.0
+        while True:
+            try:
+                return operation(*arguments)
+            except (InputError, TypeError, AttributeError):
+                raise
+            except Exception as error:  # what a server's package raises is its own
+                if _lasting(error) or time.monotonic() + wait > end:
+                    self._give_up(error)
+                logger.warning("%s: %s; trying again in %.0f s", self.url, _text(error), wait)
+            time.sleep(wait)
+            wait = min(2 * wait, PATIENCE / 4)
+
+    def _give_up(self, error: Exception) -> NoReturn:
+        if isinstance(error, FileNotFoundError):
+            reason, remedy = "no such bucket or folder", "check the name"
+        elif _is_refusal(error):
+            reason = "access is refused"
+            remedy = "check the credentials, for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they allow"
+        elif _lasting(error):
+            reason, remedy = "can't be used", "mend this and run again"
+        else:
+            reason = "the server can't be reached or fails"
+            remedy = "check the network and the address, for s3:// AWS_ENDPOINT_URL, and run again"
+        raise StorageError(f"{self.url}: {reason} ({_text(error)}); {remedy}") from error
+
+    def _list(self) -> dict[str, dict[str, Any]]:
+        """What the server says of each file, by its path from the folder. None where the folder isn't there.
+
+        Raises:
+            StorageError: a name would lead out of the folder, or the URL is that of a file.
+        """
+        self.fs.invalidate_cache()
+        found = {}
+        for path, info in self.fs.find(self.root, detail=True).items():
+            if path == self.root:
+                raise StorageError(f"{self.url}: is a file; name its folder")
+            if path.endswith("/") or info["type"] == "directory":  # object stores keep empty files in place of folders
+                continue
+            name = path.removeprefix(f"{self.root}/")
+            parts = name.split("/")
+            if name == path or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
+                raise StorageError(f"{self.url}: a file named {name!r} there may lead out of the folder; rename it")
+            if not any(part.startswith(".") for part in parts):
+                found[name] = info
+        return found
+
+    def _local_names(self) -> list[str]:
+        paths = (path.relative_to(self.local) for path in self.local.rglob("*") if path.is_file())
+        return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+
+    def _state(self, path: Path) -> tuple[int, int]:
+        status = path.stat()
+        return status.st_size, status.st_mtime_ns
+
+    def _is_copied(self, name: str, info: dict[str, Any], record: dict[str, Any]) -> bool:
+        """Whether the file is here, undamaged, in the server's present version."""
+        path, entry = self.local / name, record.get(name)
+        return bool(entry) and entry["version"] == _version(info) and path.is_file() and entry["md5"] == _md5(path)
+
+    def _keep_unsent(self, name: str, record: dict[str, Any]) -> None:
+        path = self.local / name
+        if path.is_file() and (digest := _md5(path)) != record.get(name, {}).get("md5"):
+            kept = path.replace(path.with_name(f"{KEPT}{digest[:8]}-{path.name}"))
+            logger.warning("%s: was never copied to %s, which has another; kept as %s", path, self.url, kept.name)
+
+    def _fetch(self, name: str, info: dict[str, Any]) -> str:
+        """Copy a file in, which has its name only when it is whole, and return its MD5."""
+        path = self.local / name
+        unfinished = path.with_name(UNFINISHED + path.name)
+        unfinished.parent.mkdir(parents=True, exist_ok=True)
+        self.fs.get_file(f"{self.root}/{name}", str(unfinished))
+        digest = _md5(unfinished)
+        self._require_same(name, info, unfinished.stat().st_size, digest)
+        unfinished.replace(path)
+        return digest
+
+    def _send(self, name: str, state: tuple[int, int], digest: str) -> dict[str, Any]:
+        """Copy a file out and return what the server says of it."""
+        path, target = self.local / name, f"{self.root}/{name}"
+        if OBJECT_STORES.isdisjoint([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol):
+            parent, own_name = target.rsplit("/", 1)
+            unfinished = f"{parent}/{UNFINISHED}{own_name}"
+            self.fs.makedirs(parent, exist_ok=True)
+            self.fs.put_file(str(path), unfinished)
+            self.fs.mv(unfinished, target)
+        else:
+            self.fs.put_file(str(path), target)
+        self.fs.invalidate_cache()
+        info = self.fs.info(target)
+        if self._state(path) == state:  # a log may have grown meanwhile
+            self._require_same(name, info, state[0], digest)
+        return info
+
+    def _require_same(self, name: str, info: dict[str, Any], size: int, digest: str) -> None:
+        """Refuse a copy that differs from what the server has: by size, and by MD5 where S3 tells it.
+
+        Raises:
+            OSError: they differ.
+        """
+        etag = info.get("ETag", "").strip('"')
+        is_md5 = "s3" in self.fs.protocol and re.fullmatch("[0-9a-f]{32}", etag)
+        if size != info["size"] or (is_md5 and digest != etag and not self._is_etag_of_encrypted(name)):
+            raise OSError(f"{name} was damaged on the way")
+
+    def _is_etag_of_encrypted(self, name: str) -> bool:
+        """Whether S3 encrypts the file with a key of its owner, whose ETag only looks like an MD5."""
+        bucket, key, _ = self.fs.split_path(f"{self.root}/{name}")
+        head = self.fs.call_s3("head_object", Bucket=bucket, Key=key)
+        return head.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in head
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.local / RECORD).read_text())
+        except (FileNotFoundError, ValueError):  # without it all is copied again
+            return {}
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        with whole_files(self.local) as temporary:
+            (temporary / RECORD).write_text(json.dumps(record))
+
+
+class CopyOut:
+    """Handler that copies new and changed files to the folders that are given by URL. It stands last.
+
+    It copies when the engine starts, after each epoch of a trainer or each subject of an evaluator, and at the end,
+    also where an exception is the end. In between, a server that fails is worth a warning, and the next time it is
+    tried again.
+
+    Args:
+        folders: settings such as `output_dir`; plain paths among them are passed over.
+        cache_dir: as for `local_results`.
+
+    Raises:
+        StorageError: when the engine starts or ends well, if something can't be copied.
+    """
+
+    def __init__(self, folders: Sequence[str], cache_dir: str) -> None:
+        urls = dict.fromkeys(folder.rstrip("/") for folder in folders if is_url(folder))
+        self.folders = [StoredFolder(url, cache_dir, "results") for url in urls]
+
+    def attach(self, engine: Engine) -> None:
+        if not self.folders:
+            return
+        each = Events.ITERATION_COMPLETED if isinstance(engine, Evaluator) else Events.EPOCH_COMPLETED
+        engine.add_event_handler(Events.STARTED, self.copy)
+        engine.add_event_handler(each, self.copy_if_possible)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.copy_and_raise)
+
+    def copy(self) -> None:
+        for folder in self.folders:
+            folder.copy_out()
+
+    def copy_if_possible(self) -> None:
+        try:
+            self.copy()
+        except StorageError as error:
+            logger.warning("%s; it will be tried again", error)
+
+    def finish(self) -> None:
+        self.copy()
+        print(f"copied to {' and '.join(folder.url for folder in self.folders)}")
+
+    def copy_and_raise(self, error: Exception) -> NoReturn:
+        if not isinstance(error, StorageError):
+            futures.wait(BackgroundWriter.writing)
+            self.copy_if_possible()
+        raise error
