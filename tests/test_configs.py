@@ -36,6 +36,16 @@ def test_what_stands_in_train_and_inference_is_the_same():
     assert ours == theirs
 
 
+def test_what_the_overlays_for_several_devices_repeat_is_the_same():
+    train, inference = load("train"), load("inference")
+    overlays = {kind: load(f"multi_gpu_{kind}") for kind in ("train", "evaluate", "inference")}
+    for name in ("rank", "finalize", "initialize"):
+        assert overlays["train"][name] == overlays["evaluate"][name] == overlays["inference"][name]
+    assert overlays["train"]["initialize"][: len(train["initialize"])] == train["initialize"]
+    assert overlays["evaluate"]["validate#dataset#data"]["items"] == train["validate"]["dataset"]["data"]
+    assert overlays["inference"]["dataset#data"]["items"] == inference["dataset"]["data"]
+
+
 def test_network_def_is_the_default_network():
     arguments = load("train")["network_def"]
     arguments.pop("_target_")
