@@ -1,28 +1,49 @@
 """Every command in the pages is run, in a copy of the bundle, on small subjects."""
 
+import functools
 import json
+import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import pytest
-from conftest import QUICK, ROOT, bundle, save_subject
+import torch
+import torch.distributed.run
+import yaml
+from conftest import QUICK, ROOT, bundle, s3_server, save_subject, server_environment
+
+from scripts.network import SkipDenseSeg
+from scripts.workflow import refuse_unknown_overrides
 
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
 
 
+def blocks(page: str, language: str) -> list[str]:
+    """The page's blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
+
+
 def commands(page: str) -> list[str]:
     """The lines of the page's shell blocks."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / page).read_text(), re.MULTILINE | re.DOTALL)
-    return [line for block in blocks for line in block.splitlines()]
+    return [line for block in blocks(page, "bash") for line in block.splitlines()]
 
 
-ALL = sorted({line for page in PAGES for line in commands(page)})
-PYTHON = [line for line in ALL if line.startswith("python -m ")]
-MAKE = [line for line in ALL if line.startswith("make ")]
-SETUP = [line for line in ALL if line not in (*PYTHON, *MAKE)]
+ALL = [(page, line) for page in PAGES for line in commands(page)]
+# what each page says is run from its top to its bottom; the model card repeats what README.md says
+RUN = [
+    pytest.param(page, line, marks=() if page == "README.md" else pytest.mark.slow)
+    for page, line in ALL
+    if line.startswith(("python -m ", "torchrun ")) and (page != "docs/README.md" or ("README.md", line) not in ALL)
+]
+MAKE = sorted({line for _, line in ALL if line.startswith("make ")})
+SETUP = sorted({line for _, line in ALL if not line.startswith(("python -m ", "torchrun ", "make "))})
 
 
 def copy_bundle(directory: Path) -> Path:
@@ -34,35 +55,67 @@ def copy_bundle(directory: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory, brains) -> Path:
-    """A copy of the bundle with the data that the pages speak of."""
-    home = copy_bundle(tmp_path_factory.mktemp("bundle"))
-    for subject, brain in (("1", 0), ("2", 1), ("3", 0), ("9", 1)):
-        save_subject(home / "data" / "iSeg-2017-Training", subject, brains[brain])
-    save_subject(home / "data" / "iSeg-2017-Testing", "11", brains[0], labeled=False)
+def homes(tmp_path_factory, brains):
+    """For each page a copy of the bundle with the data that it speaks of."""
+
+    @functools.cache
+    def home(page: str) -> Path:
+        directory = copy_bundle(tmp_path_factory.mktemp("bundle"))
+        training, testing = (directory / "data" / f"iSeg-2017-{name}" for name in ("Training", "Testing"))
+        for subject in (1, 2, 8, 9, 10):
+            save_subject(training, str(subject), brains[subject % 2])
+        for subject in range(11, 24) if "MindSpore" in (ROOT / page).read_text() else (11, 12):
+            save_subject(testing, str(subject), brains[subject % 2], labeled=False)
+        paper = SkipDenseSeg(block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True)
+        torch.save(paper.state_dict(), directory / "3D-SkipDenseSeg.pth")
+        return directory
+
     return home
 
 
+@pytest.fixture(scope="module")
+def bucket(homes) -> Iterator[None]:
+    """An S3 server that has the data of the pages and a network in `s3://bucket`."""
+    with s3_server() as port, pytest.MonkeyPatch.context() as patch:
+        for name, value in server_environment(port).items():
+            patch.setenv(name, value)
+        fs = fsspec.filesystem("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+        fs.mkdir("bucket")
+        fs.put(f"{homes('docs/cloud_storage.md')}/data/", "bucket", recursive=True)
+        yield
+
+
 def test_no_kind_of_command_is_left_out():
-    assert len(PYTHON) >= 8
+    assert len(RUN) >= 20
     assert MAKE == ["make bench", "make demo", "make test", "make weights"]
     assert SETUP == [
         ". .venv/bin/activate",
         "pip install -r requirements.txt",
+        "pip install s3fs==2026.9.0",
         "pip install torch==2.13.0",
         "python3.11 -m venv .venv",
     ]
+    assert "s3fs==2026.9.0" in (ROOT / "requirements-dev.txt").read_text().split()
 
 
-@pytest.mark.parametrize("command", PYTHON)
-def test_command_of_the_pages(home, command):
-    _, _, module, *arguments = shlex.split(command)
+@pytest.mark.parametrize(("page", "command"), RUN)
+def test_command_of_the_pages(homes, page, command, request):
+    if "s3://" in command:
+        request.getfixturevalue("bucket")
+    program, *arguments = shlex.split(command)
+    if program == "torchrun":
+        module = "torch.distributed.run"
+        arguments[arguments.index("--nproc_per_node") + 1] = "2"
+    else:
+        _, module, *arguments = arguments
     if "training" in arguments:
         arguments += QUICK
+    if "cross_validate" in arguments:
+        arguments += ["--epochs", "1", "--crops_per_epoch", "2", "--patch_size", "[32,32,32]"]
     if "phantom" in arguments:
         arguments[arguments.index("--subjects") + 1] = "1"
         arguments[arguments.index("--unlabeled") + 1] = "0"
-    result = bundle(*arguments, cwd=home, module=module)
+    result = bundle(*arguments, cwd=homes(page), module=module)
     assert result.returncode == 0, result.stderr
 
 
@@ -70,6 +123,70 @@ def test_command_of_the_pages(home, command):
 def test_make_knows_the_target(command):
     result = subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_two_machines_on_this_one(homes):
+    home = homes("docs/several_devices.md")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    nodes = []
+    for block in blocks("docs/several_devices.md", "shell"):
+        command = block.replace("node0", "127.0.0.1").replace("29500", str(port)).replace("_node 8", "_node 1")
+        arguments = [*shlex.split(command)[1:], *QUICK]
+        launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *arguments]
+        nodes.append(subprocess.Popen(launcher, cwd=home, stderr=subprocess.PIPE, text=True))
+    assert len(nodes) == 2
+    for node in nodes:
+        _, told = node.communicate(timeout=300)
+        assert node.returncode == 0, told
+    assert {path.name for path in (home / "eval").glob("rank-*.log")} >= {"rank-0.log", "rank-1.log"}
+
+
+def given_to_torchrun(arguments: list[str]) -> None:
+    """Refuse what our command line or `torchrun` itself would."""
+    known, rest = torch.distributed.run.get_args_parser().parse_known_args(arguments)
+    assert rest == []
+    assert (known.module, known.training_script, known.training_script_args[0]) == (True, "monai.bundle", "run")
+    refuse_unknown_overrides(known.training_script_args)
+
+
+def test_slurm_script_starts_what_it_should(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (script,) = blocks("docs/several_devices.md", "slurm")
+    programs = {
+        "srun": '#!/bin/bash\nexec "$@"',
+        "scontrol": "#!/bin/bash\necho node7",
+        "torchrun": '#!/bin/bash\nprintf "%s\\0" "$@"',
+    }
+    for name, program in programs.items():
+        (tmp_path / name).write_text(program)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "bin" / "activate").touch()
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    result = subprocess.run(
+        ["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True,
+        env=environment | {"SLURM_JOB_NODELIST": "node[7-8]"},
+    )  # fmt: skip
+    arguments = result.stdout.split("\0")[:-1]
+    assert {"--node_rank", "1", "--master_addr", "node7"} <= set(arguments)
+    given_to_torchrun(arguments)
+
+
+def test_kubernetes_job_starts_what_it_should(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (text,) = blocks("docs/several_devices.md", "yaml")
+    job = yaml.safe_load(text)
+    assert (job["apiVersion"], job["kind"]) == ("kubeflow.org/v1", "PyTorchJob")
+    assert set(job["spec"]["pytorchReplicaSpecs"]) == {"Master", "Worker"}
+    for replicas in job["spec"]["pytorchReplicaSpecs"].values():
+        pod = replicas["template"]["spec"]
+        (container,) = pod["containers"]
+        assert container["name"] == "pytorch"
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+        given_to_torchrun(container["command"][1:])
 
 
 def test_model_card_states_the_settings_that_are_used():
@@ -115,8 +232,7 @@ def test_demo_from_nothing_and_once_more(tmp_path):
 @pytest.mark.slow
 def test_setup_without_make(tmp_path):
     home = copy_bundle(tmp_path)
-    setup = commands("README.md")
-    setup = "\n".join(line for line in setup if line in SETUP)
+    setup = "\n".join(line for line in commands("README.md") if line in SETUP)
     check = "python -m monai.bundle verify_net_in_out network_def --meta_file configs/metadata.json"
     check += " --config_file configs/inference.json --n 4"
     result = subprocess.run(["bash", "-ec", f"{setup}\n{check}"], cwd=home, capture_output=True, text=True)

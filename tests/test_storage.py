@@ -18,7 +18,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, bundle, last_line
+from conftest import QUICK, ROOT, bundle, last_line, s3_server, server_environment
 from fsspec.registry import _registry
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
@@ -379,40 +379,6 @@ def test_cache_that_can_not_be_made(memory, tmp_path):
 
 
 # an S3 server, and one that stands before it and fails
-
-
-@contextmanager
-def s3_server(**environment: str) -> Iterator[int]:
-    """A real process that speaks S3, on a port of this machine."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
-        yield port
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def server_environment(port: int) -> dict[str, str]:
-    return {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "tester",
-        "AWS_SECRET_ACCESS_KEY": "not-a-real-secret",
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_CONFIG_FILE": os.devnull,
-        "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
-    }
 
 
 def connect(monkeypatch, port: int) -> fsspec.AbstractFileSystem:
