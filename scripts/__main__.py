@@ -6,15 +6,18 @@ import sys
 import fire
 
 from scripts.bench import bench
+from scripts.cross_validation import cross_validate, gather_folds
 from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.phantom import phantom
 from scripts.workflow import given_options, nearest
 
-COMMANDS = {"phantom": phantom, "bench": bench}
+COMMANDS = {"phantom": phantom, "bench": bench, "cross_validate": cross_validate, "gather_folds": gather_folds}
 
 
 def refuse_unknown_options(arguments: list[str]) -> None:
     """Refuse a misspelt option before the command runs; `fire` would complain only afterwards.
+
+    A command with `**settings` looks at them itself: they are those of a config.
 
     Raises:
         InputError: an option isn't known, with the nearest known one.
@@ -23,6 +26,8 @@ def refuse_unknown_options(arguments: list[str]) -> None:
     if command is None:
         return
     known = inspect.signature(command).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
     for name in given_options(arguments[1:]):
         if name not in known and name != "help":
             hint = nearest(name, known) or ", --".join(known)
