@@ -228,6 +228,18 @@ def test_one_subject_and_a_missing_tissue():
     assert "| nan ± nan |" in score_report(rows)
 
 
+def test_one_fold_in_real_processes(dataset, tmp_path):
+    arguments = ["--dataset_dir", str(dataset), "--output_dir", str(tmp_path), "--folds", "3", "--fold", "2"]
+    result = bundle("cross_validate", *arguments, *QUICK, "--flips", "True", module="scripts")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "fold-2" / "model.pt").exists()
+    assert [(row["subject"], row["fold"]) for row in read_csv(tmp_path / "metrics.csv")] == [("2", "2")]
+    assert "Not finished yet: folds 1, 3" in result.stdout
+    # of one subject: one pass of validation in training, eight of evaluation
+    assert result.stdout.count("one pass over") == 9
+
+
+@pytest.mark.slow
 def test_killed_and_run_again(dataset, tmp_path):
     """Real processes: the fold that is finished stays as it is, the other is trained and scored."""
     output = tmp_path / "cv"
