@@ -6,6 +6,7 @@ import sys
 import fire
 
 from scripts.bench import bench
+from scripts.cross_validation import cross_validate, gather_folds
 from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.hdf5 import prepare_hdf5
 from scripts.import_weights import import_weights
@@ -17,6 +18,8 @@ COMMANDS = {
     "phantom": phantom,
     "prepare_hdf5": prepare_hdf5,
     "import_weights": import_weights,
+    "cross_validate": cross_validate,
+    "gather_folds": gather_folds,
     "submission": submission,
     "bench": bench,
 }
@@ -25,6 +28,8 @@ COMMANDS = {
 def refuse_unknown_options(arguments: list[str]) -> None:
     """Refuse a misspelt option before the command runs; `fire` would complain only afterwards.
 
+    A command with `**settings` looks at them itself: they are those of a config.
+
     Raises:
         InputError: an option isn't known, with the nearest known one.
     """
@@ -32,6 +37,8 @@ def refuse_unknown_options(arguments: list[str]) -> None:
     if command is None:
         return
     known = inspect.signature(command).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+        return
     for name in given_options(arguments[1:]):
         if name not in known and name != "help":
             hint = nearest(name, known) or ", --".join(known)

@@ -29,7 +29,7 @@ from scripts.phantom import phantom
 from scripts.subjects import find_subjects, subjects_to_segment
 from scripts.weights import load_weights
 from scripts.workflow import keep_freed_memory
-from scripts.writers import whole_files
+from scripts.writers import markdown_table, whole_files
 
 ROOT = Path(__file__).parents[1]
 PATCH = 64
@@ -333,22 +333,6 @@ def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]
             "peak GB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
         }
     ]
-
-
-def markdown_table(rows: list[Row]) -> str:
-    """Rows as a Markdown table; columns in order of appearance."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, float):
-            return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-        return str(value)
-
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def bench(output_dir: str = "eval/bench", rounds: int = 3, subjects: int = 13, precision: str = "auto") -> None:

@@ -1,4 +1,4 @@
-"""Precision, memory layout and window size around MONAI's inferers."""
+"""Precision, memory layout, window size and averages around MONAI's inferers."""
 
 import copy
 import logging
@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scripts.errors import InputError
+from scripts.weights import checkpoint_paths, load_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {name: getattr(torch, name) for name in ("channels_last_3d", "contiguous_format")}
@@ -198,3 +199,69 @@ class LargestWindowInferer(SlidingWindowInferer):
         ways = "one pass over" if fitting.roi_size == size else f"windows of {window} over"
         logger.info("%s %s voxels (%s)", ways, " x ".join(map(str, size)), reason)
         return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)
+
+
+class AveragingInferer(Inferer):
+    """Average what several networks and mirror images of the volume say, around an inferer that runs one network.
+
+    Called with (B, C, X, Y, Z) and a network, it returns logits, float32 (B, classes, X, Y, Z): the logarithm of the
+    mean of the class probabilities, by which a grid is changed and labels are chosen as by those of one network. With
+    one checkpoint and no flips they are those of the inferer, unchanged. For evaluation only: it works in place.
+
+    Args:
+        inferer: what runs a network.
+        checkpoints: as `scripts.weights.checkpoint_paths` takes them. If one, the network is taken as it is given; if
+            several, it only says the architecture, and a copy of it is loaded with each when the first volume comes.
+        flips: whether to average over the mirror images along each set of axes, eight of a volume, each turned back.
+
+    Raises:
+        InputError: `flips` isn't a bool; when called, as `checkpoint_paths` and `load_weights`.
+    """
+
+    def __init__(self, inferer: Inferer, checkpoints: str | Sequence[str], flips: bool = False) -> None:
+        super().__init__()
+        if not isinstance(flips, bool):  # the text 'false' would count as true
+            raise InputError(f"--flips {flips}: must be True or False")
+        self.inferer = inferer
+        self.checkpoints = checkpoints
+        self.flips = flips
+        self.loaded: list[nn.Module] = []
+
+    def __call__(
+        self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        networks = self.networks(network)
+        axes = range(2, inputs.ndim) if self.flips else ()
+        if len(networks) == 1 and not axes:
+            return self.inferer(inputs, networks[0], *args, **kwargs)
+
+        def probabilities(inputs: torch.Tensor, network: nn.Module, axes: Sequence[int]) -> torch.Tensor:
+            """The mean over the mirror images along the axes.
+
+            They are added in pairs, so that those of a mirrored volume give the mirrored mean to the last bit.
+            """
+            if not axes:
+                return self.inferer(inputs, network, *args, **kwargs).softmax(1)
+            axis, *others = axes
+            mean = probabilities(inputs, network, others)
+            mean += probabilities(inputs.flip(axis), network, others).flip(axis)
+            return mean.div_(2)
+
+        mean = probabilities(inputs, networks[0], axes)
+        for other in networks[1:]:
+            mean += probabilities(inputs, other, axes)
+        # a probability too small for float32 is 0, and a grid can't be changed where a logit is infinite
+        return mean.div_(len(networks)).clamp_(min=torch.finfo(mean.dtype).tiny).log_()
+
+    def networks(self, network: nn.Module) -> list[nn.Module]:
+        """The given network if there is one checkpoint, else those of the checkpoints, loaded the first time."""
+        paths = checkpoint_paths(self.checkpoints)
+        if len(paths) == 1:
+            return [network]
+        if not self.loaded:
+            loaded = [copy.deepcopy(network) for _ in paths]
+            for each, path in zip(loaded, paths, strict=True):
+                load_weights(each, path)
+            self.loaded = loaded
+            logger.info("average of %d networks: %s", len(paths), ", ".join(paths))
+        return self.loaded

@@ -34,7 +34,7 @@ class Subject(TypedDict):
 Ids = int | str | Collection[int | str]
 
 
-def _natural_order(subject: str) -> list[tuple[bool, int, str]]:
+def natural_order(subject: str) -> list[tuple[bool, int, str]]:
     """Sort key by which subject 9 comes before subject 10."""
     return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", subject) if part]
 
@@ -102,7 +102,7 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
     """
     found = _find_volumes(dataset_dir)
     subjects: list[Subject] = []
-    for subject_id in sorted(found, key=_natural_order):
+    for subject_id in sorted(found, key=natural_order):
         files = found[subject_id]
         if hdf5 := files.pop("HDF5", None):
             for other in files.values():

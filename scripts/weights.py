@@ -1,15 +1,17 @@
 """Checkpoints: written whole, loaded whole or not at all, never lost to a later training."""
 
+import glob
 import hashlib
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.utils import ensure_tuple
 
 from scripts.errors import InputError
 from scripts.writers import whole_files
@@ -74,23 +76,50 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
     network.load_state_dict(state)
 
 
-class WeightsLoader:
-    """Handler that loads a checkpoint by `load_weights` when the engine starts.
+def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
+    """The files that the setting `checkpoints` names.
 
     Args:
-        path: the checkpoint.
+        checkpoints: a path, or a pattern such as `cv/fold-*/model.pt` for all that fit it, sorted, or a list of these.
+            A path needn't exist.
+
+    Raises:
+        InputError: a pattern fits no file, or the list is empty.
+    """
+    paths: list[str] = []
+    for name in ensure_tuple(checkpoints):
+        if Path(name).exists() or not glob.has_magic(name):
+            paths.append(name)
+        elif found := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 (may be absolute)
+            paths += found
+        else:
+            raise InputError(f"{name}: no checkpoint fits this pattern; train first, or correct --checkpoints")
+    if not paths:
+        raise InputError(
+            "--checkpoints: names none; give a path, a list of paths, or a pattern like cv/fold-*/model.pt"
+        )
+    return paths
+
+
+class WeightsLoader:
+    """Handler that loads a checkpoint by `load_weights` when the engine starts: the first, if several are named.
+
+    Args:
+        checkpoints: as `checkpoint_paths` takes them; `scripts.inferers.AveragingInferer` loads the others.
         network: takes the weights.
 
     Raises:
-        InputError: when the engine starts, as `load_weights`.
+        InputError: when the engine starts, as `checkpoint_paths` and `load_weights`.
     """
 
-    def __init__(self, path: str, network: torch.nn.Module) -> None:
-        self.path = path
+    def __init__(self, checkpoints: str | Sequence[str], network: torch.nn.Module) -> None:
+        self.checkpoints = checkpoints
         self.network = network
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, lambda: load_weights(self.network, self.path))
+        engine.add_event_handler(
+            Events.STARTED, lambda: load_weights(self.network, checkpoint_paths(self.checkpoints)[0])
+        )
 
 
 def _write(network: torch.nn.Module, path: Path) -> None:

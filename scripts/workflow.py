@@ -35,9 +35,11 @@ def given_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 def _names_at(config: ConfigParser, parent: str) -> set[str]:
     """What may be set in a part of a config: what stands there and, in a component, the arguments it takes."""
-    part = config[parent]
+    part = config.get(parent)
     if isinstance(part, list):
         return {str(position) for position in range(len(part))}
+    if not isinstance(part, dict):
+        return set()
     names = set(part)
     if "_target_" in part:
         component = ConfigComponent(part, id=parent, locator=config.locator).resolve_module_name()
@@ -61,14 +63,23 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     if "config_file" not in options:  # not started from the command line
         return
     config = ConfigParser(ConfigParser.load_config_files(options["config_file"]))
+    of_monai = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
     for name in options:
-        *parents, own_name = ReferenceResolver.split_id(name)
-        known = _names_at(config, ID_SEP_KEY.join(parents))
-        options_of_monai = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
-        if own_name not in known and (parents or own_name not in options_of_monai):
-            near = nearest(own_name, known)
-            hint = f"did you mean --{ID_SEP_KEY.join([*parents, near])}?" if near else f"known are {sorted(known)}"
+        if hint := unknown_setting(name, config, of_monai):
             raise InputError(f"--{name}: no such setting; {hint}")
+
+
+def unknown_setting(name: str, config: ConfigParser, others: Collection[str] = ()) -> str | None:
+    """None if a config has a setting or one of `others` is meant, else what may have been meant, as a sentence."""
+    parents: list[str] = []
+    for part in ReferenceResolver.split_id(name):
+        known = _names_at(config, ID_SEP_KEY.join(parents))
+        allowed = known if parents else known | set(others)
+        if part not in allowed:
+            near = nearest(part, allowed)
+            return f"did you mean --{ID_SEP_KEY.join([*parents, near])}?" if near else f"known are {sorted(known)}"
+        parents.append(part)
+    return None
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:

@@ -8,6 +8,7 @@ from conftest import save_subject
 
 from scripts import bench
 from scripts.inferers import network_precision
+from scripts.writers import markdown_table
 
 CPU = torch.device("cpu")
 
@@ -85,7 +86,7 @@ def test_medians_take_the_ways_in_turn():
 
 
 def test_tables_leave_out_what_a_row_lacks():
-    table = bench.markdown_table([{"way": "a", "seconds": 1.23456}, {"way": "b", "seconds": 12345.6, "peak GB": None}])
+    table = markdown_table([{"way": "a", "seconds": 1.23456}, {"way": "b", "seconds": 12345.6, "peak GB": None}])
     assert table.splitlines() == [
         "| way | seconds | peak GB |",
         "|---|---|---|",

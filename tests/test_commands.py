@@ -1,5 +1,6 @@
 """The bundle's commands as a person runs them: real processes on real files."""
 
+import itertools
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
+from monai.bundle import ConfigParser
 
 from scripts.metrics import tissue_scores
 from scripts.network import SkipDenseSeg
@@ -394,6 +396,46 @@ def test_checkpoint_of_another_architecture(dataset, tmp_path, command):
     output = tmp_path / "out"
     result = command(dataset, output, "--ckpt_dir", str(tmp_path))
     assert_refused(result, output, f"{tmp_path}/model.pt: a checkpoint of another network")
+
+
+def test_average_of_checkpoints_and_mirror_images(brains, tmp_path):
+    """The labels are those of the mean that torch gives by itself, and not those of any one network."""
+    middle = {kind: values[14:46, 20:52, 16:48] for kind, values in brains[0].items()}
+    save_subject(tmp_path / "data", "11", middle, labeled=False)
+    state = torch.load(ROOT / "models" / "model.pt", weights_only=True)
+    torch.manual_seed(0)
+    networks = []
+    for fold in (1, 2):
+        changed = {n: t + 0.3 * t.std() * torch.randn_like(t) if t.ndim == 5 else t for n, t in state.items()}
+        (tmp_path / f"fold-{fold}").mkdir()
+        torch.save(changed, tmp_path / f"fold-{fold}" / "model.pt")
+        networks.append(SkipDenseSeg().eval())
+        networks[-1].load_state_dict(changed)
+    pattern = str(tmp_path / "fold-*" / "model.pt")
+    options = ["--checkpoints", pattern, "--flips", "True", "--precision", "fp32", "--patch_size", "[32,32,32]"]
+    result = segment(tmp_path / "data", tmp_path / "out", *options)
+    assert result.returncode == 0, result.stderr
+    assert "average of 2 networks" in result.stdout
+    config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "inference.json"))
+    config.update({"dataset_dir": str(tmp_path / "data"), "patch_size": [32, 32, 32]})
+    item = config.get_parsed_content("dataset")[0]
+    image = item["image"][None].as_tensor()
+    mirrors = [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)]
+    with torch.no_grad():
+        mean = sum(n(image.flip(axes)).flip(axes).softmax(1) for n in networks for axes in mirrors) / 16
+        singles = [network(image).argmax(1)[0].numpy() for network in networks]
+    assert image.shape == (1, 2, 32, 32, 32)
+    found = np.asarray(nib.load(tmp_path / "out" / "subject-11-label.nii.gz").dataobj)[..., 0]
+    brain = middle["T1"] > 0
+    assert (found == mean.argmax(1)[0].numpy())[brain].mean() > 0.999
+    for single in singles:
+        assert (found == single)[brain].mean() < 0.99
+
+
+def test_pattern_that_no_checkpoint_fits(dataset, tmp_path):
+    output, pattern = tmp_path / "out", str(tmp_path / "fold-*" / "model.pt")
+    result = evaluate(dataset, output, "--checkpoints", pattern)
+    assert_refused(result, output, f"{pattern}: no checkpoint fits this pattern")
 
 
 def test_missing_checkpoint(dataset, tmp_path):

@@ -29,7 +29,14 @@ def test_what_stands_in_train_and_inference_is_the_same():
         assert inference[name] == train[name], name
     assert inference["initialize"] == train["initialize"]
     assert inference["preprocessing"]["transforms"] == train["train"]["deterministic_transforms"]
-    assert inference["inferer"] == train["validate"]["inferer"]
+    # validation in training scores the network that is trained; evaluate.json puts the average around its inferer
+    evaluate = load("evaluate")
+    averaging = evaluate["validate#averaging_inferer"]
+    assert averaging.pop("inferer") == "@validate#inferer"
+    assert evaluate["validate#evaluator#inferer"] == "@validate#averaging_inferer"
+    assert inference["inferer"] == averaging | {"inferer": train["validate"]["inferer"]}
+    for name in ("checkpoints", "flips"):
+        assert inference[name] == evaluate[name]
     ours, theirs = (c["postprocessing"]["transforms"] for c in (inference, train["validate"]))
     assert ours[0].pop("transform") == "@preprocessing"
     assert theirs[0].pop("transform") == "@validate#preprocessing"
@@ -130,6 +137,17 @@ def test_every_expression_parses_with_no_dataset_present(tmp_path):
     assert parser.get_parsed_content("validate#dataset#data") == []
     assert isinstance(parser.get_parsed_content("train#trainer"), SupervisedTrainer)
     assert isinstance(parser.get_parsed_content("validate#evaluator"), SupervisedEvaluator)
+
+
+def test_inferer_takes_the_network_it_is_given_where_no_checkpoint_is(tmp_path):
+    """As MONAI Label does, which loads weights by itself."""
+    parser = ConfigParser()
+    parser.read_config(CONFIGS / "inference.json")
+    parser.update({"ckpt_dir": str(tmp_path), "precision": "fp32"})
+    network, image = SkipDenseSeg().eval(), torch.randn(1, 2, 16, 16, 16)
+    with torch.no_grad():
+        logits = parser.get_parsed_content("inferer")(image, network)
+        torch.testing.assert_close(logits, network(image), rtol=1e-4, atol=1e-4)
 
 
 def test_no_path_of_this_machine_in_the_configs():

@@ -4,7 +4,13 @@ from ignite.engine import Engine, Events
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.weights import BestWeightsSaver, EarlierWeightsKeeper, StepWeightsSaver, load_weights
+from scripts.weights import (
+    BestWeightsSaver,
+    EarlierWeightsKeeper,
+    StepWeightsSaver,
+    checkpoint_paths,
+    load_weights,
+)
 
 
 @pytest.fixture
@@ -52,6 +58,29 @@ def test_truncated_checkpoint(checkpoint):
     path.write_bytes(path.read_bytes()[:-1000])
     with pytest.raises(InputError, match="can't be read as a checkpoint"):
         load_weights(network, str(path))
+
+
+def test_checkpoints_that_a_setting_names(tmp_path):
+    for fold in (2, 10, 1):
+        (tmp_path / f"fold-{fold}").mkdir()
+        (tmp_path / f"fold-{fold}" / "model.pt").touch()
+    (tmp_path / "fold-3").mkdir()
+    (tmp_path / "run[1]").mkdir()
+    (tmp_path / "run[1]" / "model.pt").touch()
+    one, ten, two = (str(tmp_path / f"fold-{fold}" / "model.pt") for fold in (1, 10, 2))
+    assert checkpoint_paths("not/there.pt") == ["not/there.pt"]
+    assert checkpoint_paths(str(tmp_path / "run[1]" / "model.pt")) == [str(tmp_path / "run[1]" / "model.pt")]
+    pattern = str(tmp_path / "fold-*" / "model.pt")
+    assert checkpoint_paths(pattern) == [one, ten, two]
+    assert checkpoint_paths(["not/there.pt", pattern]) == ["not/there.pt", one, ten, two]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("cv/fold-*/model.pt", r"cv/fold-\*/model.pt: no"), ([], "names none")]
+)
+def test_checkpoints_that_name_none(setting, message):
+    with pytest.raises(InputError, match=message):
+        checkpoint_paths(setting)
 
 
 def keep_earlier_weights(path):

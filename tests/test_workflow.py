@@ -46,6 +46,8 @@ def test_unknown_override_gets_the_near_name(typo):
         ("train#hanlders", "train::handlers"),
         ("train::handlers::99", "known are"),
         ("network_def#growth_rte", "network_def::growth_rate"),
+        ("trian#trainer#max_epochs", "--train"),
+        ("epochs#more", "known are"),
     ],
 )
 def test_unknown_nested_override(typo, near):
@@ -54,6 +56,8 @@ def test_unknown_nested_override(typo, near):
 
 
 def test_unknown_override_without_a_near_name_gets_all():
+    with pytest.raises(InputError, match="--config_fle: no such setting; did you mean --config_file"):
+        refuse_unknown_overrides(["run", "--config_file", TRAIN, "--config_fle", "1"])
     with pytest.raises(InputError, match=r"--xyzzy: no such setting; known are .*learning_rate"):
         refuse_unknown_overrides(["run", "--config_file", TRAIN, "--xyzzy", "1"])
 
