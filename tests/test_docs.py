@@ -205,13 +205,16 @@ def test_model_card_states_the_settings_that_are_used():
 def test_settings_in_the_table_exist_with_those_defaults():
     train, inference = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("train", "inference"))
     rows = re.findall(r"^\| (`.*?`) \|.*\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
-    settings = {name: default for names, default in rows for name in re.findall(r"`(\w+)`", names) if "/" not in names}
-    assert {"dataset_dir", "val_subjects", "subjects", "window_size"} <= set(settings)
-    for name, default in settings.items():
-        value = {**train, **inference}[name]
-        shown = re.search(r"`(.*)`", default)
-        if shown and name not in ("precision",) and not default.startswith("see"):
-            assert str(value).replace("$@bundle_root + '/", "").rstrip("'") == shown[1], name
+    shown = {}
+    for names, default in rows:
+        if "/" not in names and "`" in default and not default.startswith("see"):
+            names, defaults = (re.findall(r"`([^`]*)`", cell) for cell in (names, default))
+            shown |= dict(zip(names, defaults, strict=names != ["checkpoints"]))
+    assert {"dataset_dir", "val_subjects", "window_size", "checkpoints_kept", "resume"} <= set(shown)
+    assert inference["checkpoints"] == "$@local_ckpt_dir + '/" + shown.pop("checkpoints") + "'"
+    for name, default in shown.items():
+        value = str({**train, **inference}[name]).removeprefix("$@bundle_root + '/").rstrip("'")
+        assert value == default, name
 
 
 @pytest.mark.slow
