@@ -76,7 +76,7 @@ def unknown_setting(name: str, config: ConfigParser, others: Collection[str] = (
         known = _names_at(config, ID_SEP_KEY.join(parents))
         allowed = known if parents else known | set(others)
         if part not in allowed:
-            near = nearest(part, allowed)
+            near = None if part.isdigit() else nearest(part, allowed)
             return f"did you mean --{ID_SEP_KEY.join([*parents, near])}?" if near else f"known are {sorted(known)}"
         parents.append(part)
     return None

@@ -33,6 +33,7 @@ def results(tmp_path_factory, brains) -> dict:
     return json.loads((output / "bench.json").read_text())
 
 
+@pytest.mark.slow
 def test_training_steps_of_both_variants_and_the_other_networks(results):
     rows = {(row["network"], row["batch"]): row for row in results["training step, patch of 32^3"]}
     for batch in (1, 4):
@@ -43,6 +44,7 @@ def test_training_steps_of_both_variants_and_the_other_networks(results):
         assert {(name, batch) for name in ("DynUNet", "SegResNet", "UNet")} < set(rows)
 
 
+@pytest.mark.slow
 def test_one_subject_by_each_way(results):
     published, common, foreground, ours, *others = results["one subject, network only"]
     # 60 x 72 x 64 voxels: (28 / 8 + 1) * (40 / 8 + 1) * (32 / 8 + 1)
@@ -55,12 +57,14 @@ def test_one_subject_by_each_way(results):
     assert len(others) == 3
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_volume(results):
     small, large = results["growth with volume"]
     assert (small["volume"], large["volume"]) == ("32^3", "48^3")
     assert small["peak GB"] is None or 0 < small["peak GB"] < large["peak GB"] < 1
 
 
+@pytest.mark.slow
 def test_feed_and_end_to_end(results):
     (feed,) = results["training feed, batch 4"]
     assert feed["steps a second, feed alone"] > 1

@@ -15,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
+from monai.bundle import ConfigWorkflow
 from monai.bundle import ConfigParser
 
+from scripts.errors import InputError
 from scripts.metrics import tissue_scores
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
@@ -352,15 +354,33 @@ DAMAGES = [
 ]
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_subject(own_dataset, tmp_path, damage):
+def test_damaged_subject(own_dataset, tmp_path):
     data = own_dataset()
-    message = damage(data)
+    message = unknown_label_value(data)
     output = tmp_path / "out"
     shutil.copy(ROOT / "models" / "model.pt", tmp_path)
     result = train(data, output, "--ckpt_dir", str(tmp_path))
     assert_refused(result, output, message)
     assert [path.name for path in tmp_path.glob("*.pt")] == ["model.pt"]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_each_damage_ends_training_before_it_begins(own_dataset, tmp_path, damage):
+    data = own_dataset()
+    message = damage(data)
+    output = tmp_path / "out"
+    workflow = ConfigWorkflow(
+        str(ROOT / "configs" / "train.json"), workflow_type="train", bundle_root=str(ROOT), dataset_dir=str(data),
+        output_dir=str(output), ckpt_dir=str(output),
+    )  # fmt: skip
+    workflow.initialize()
+    with pytest.raises((InputError, RuntimeError)) as caught:  # MONAI wraps what its components raise
+        workflow.run()
+    error = caught.value
+    while not isinstance(error, InputError):
+        error = error.__cause__
+    assert message in str(error)
+    assert nothing_written(output)
 
 
 @pytest.mark.parametrize("damage", [truncated_image, empty_foreground])

@@ -38,7 +38,10 @@ def commands(page: str) -> list[str]:
 ALL = [(page, line) for page in PAGES for line in commands(page)]
 # what each page says is run from its top to its bottom; the model card repeats what README.md says
 RUN = [
-    pytest.param(page, line, marks=() if page == "README.md" else pytest.mark.slow)
+    # one worker runs a page from its top to its bottom
+    pytest.param(
+        page, line, marks=(pytest.mark.xdist_group(page), *([] if page == "README.md" else [pytest.mark.slow]))
+    )
     for page, line in ALL
     if line.startswith(("python -m ", "torchrun ")) and (page != "docs/README.md" or ("README.md", line) not in ALL)
 ]
@@ -126,6 +129,7 @@ def test_make_knows_the_target(command):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("docs/several_devices.md")
 def test_two_machines_on_this_one(homes):
     home = homes("docs/several_devices.md")
     with socket.socket() as free:

@@ -604,6 +604,7 @@ def no_copy_of_the_bundle_written():
     assert {name: (ROOT / name).exists() for name in before} == before
 
 
+@pytest.mark.slow
 def test_all_commands_by_url_give_what_they_give_by_path(s3, dataset, tmp_path, no_copy_of_the_bundle_written):
     put_dataset(s3, dataset)
     cache = tmp_path / "cache"
@@ -654,6 +655,7 @@ def last_line_of_output(result: subprocess.CompletedProcess) -> str:
     return result.stdout.strip().splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_killed_training_leaves_its_last_epoch_in_the_bucket(s3, dataset, tmp_path):
     put_dataset(s3, dataset)
     command = [sys.executable, "-W", "ignore", "-m", "monai.bundle"]

@@ -25,7 +25,7 @@ EVALUATE = str(ROOT / "configs" / "evaluate.json")
         ["run", "--config_file", f"{TRAIN},{EVALUATE}", "--run_id", "training", "--logging_file", "x"],
         ["run", "--config_file", TRAIN, "--tracking", "mlflow", "--train#trainer#max_epochs", "3"],
         ["run", "--config_file", TRAIN, "--train::dataset::in_memory", "False", "--loss#_target_", "x"],
-        ["run", "--config_file", TRAIN, "--train#handlers#0#print_lr", "True", "-epochs", "3"],
+        ["run", "--config_file", TRAIN, "--train#handlers#1#print_lr", "True", "-epochs", "3"],
         ["--unrelated", "program"],
     ],
 )
