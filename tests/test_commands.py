@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
-from monai.bundle import ConfigWorkflow
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ConfigWorkflow
 
 from scripts.errors import InputError
 from scripts.metrics import tissue_scores
