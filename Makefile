@@ -35,11 +35,11 @@ bench: $(VENV)/.installed
 	$(PY) -m scripts bench
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadgroup
+	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
 # the demo from nothing and the set-up without make
 test-slow: $(VENV)/.installed-dev
-	$(PY) -m pytest -m slow --numprocesses 2 --dist loadgroup
+	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile
 
 test-all: test test-slow
 

@@ -31,15 +31,19 @@ def refuse_unknown_options(arguments: list[str]) -> None:
     A command with `**settings` looks at them itself: they are those of a config.
 
     Raises:
-        InputError: an option isn't known, with the nearest known one.
+        InputError: an option isn't known, with the nearest known one, or is a URL.
     """
     command = COMMANDS.get(arguments[0]) if arguments else None
     if command is None:
         return
+    options = given_options(arguments[1:])
+    for name, value in options.items():
+        if "://" in str(value):
+            raise InputError(f"--{name} {value}: {arguments[0]} takes paths, not URLs; copy the files first")
     known = inspect.signature(command).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    for name in given_options(arguments[1:]):
+    for name in options:
         if name not in known and name != "help":
             hint = nearest(name, known) or ", --".join(known)
             raise InputError(f"--{name}: no such option of {arguments[0]}; did you mean --{hint}?")

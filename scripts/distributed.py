@@ -46,7 +46,7 @@ class _Tee(io.TextIOBase):
             stream.flush()
 
 
-def join(output_dir: str, device: torch.device) -> None:
+def join(output_dir: str, device: torch.device | str) -> None:
     """Join the processes that `torchrun` started, if it did; each logs and prints to `output_dir/rank-<n>.log`.
 
     The first shows it on the terminal as well.
@@ -57,12 +57,17 @@ def join(output_dir: str, device: torch.device) -> None:
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
+    device = torch.device(device)
     if device.type != "cpu":
         torch.accelerator.set_device_index(device.index)
     store, rank, ranks = next(torch.distributed.rendezvous("env://"))
     # after a restart the store still has the addresses of the processes before
     store = torch.distributed.PrefixStore(f"start-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     backend = torch.distributed.get_default_backend_for_device(device)
+    if device.type not in ("cpu", "cuda"):  # metrics are gathered on the CPU there
+        backend = f"cpu:gloo,{device.type}:{backend}"
+    if "SLURM_JOB_ID" in os.environ:  # ignite would take the number of the Slurm task, of which torchrun needs just one
+        os.environ["SLURM_LOCALID"] = os.environ["LOCAL_RANK"]
     torch.distributed.init_process_group(backend, store=store, rank=rank, world_size=ranks)
     idist.get_rank()  # by all ranks together here, since ignite's first call waits for the others
     Path(output_dir).mkdir(parents=True, exist_ok=True)
@@ -83,7 +88,7 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def parallel(network: nn.Module, device: torch.device) -> nn.Module:
+def parallel(network: nn.Module, device: torch.device | str) -> nn.Module:
     """The network as all processes train it together: gradients are averaged at each step.
 
     On an accelerator the batch norms measure the batches of all processes. On a CPU, where torch can't, each measures
@@ -93,6 +98,7 @@ def parallel(network: nn.Module, device: torch.device) -> nn.Module:
         network: is trained in place; its batch norms may be replaced, with the same parameters.
         device: where it is.
     """
+    device = torch.device(device)
     if idist.get_world_size() == 1:
         return network
     if device.type == "cpu":

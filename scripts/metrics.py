@@ -111,6 +111,11 @@ class ScoreTable(_SubjectTable):
     """
 
     def measure(self, item: dict[str, Any]) -> dict[str, float]:
+        if item["pred"].shape != item["t1"].shape:
+            raise InputError(
+                "the segmentation isn't of the whole volume, so a recipe is laid over configs/evaluate.json; "
+                "name configs/evaluate.json after it"
+            )
         spacing = tuple(item["label"].pixdim.tolist())
         return tissue_scores(item["pred"].as_tensor().cpu(), item["label"].as_tensor().cpu(), spacing)
 

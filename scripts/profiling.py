@@ -12,7 +12,8 @@ from scripts.writers import whole_files
 class TraceSaver:
     """Handler that records some training steps, after two that warm up, and writes what took how long.
 
-    The file is `trace-rank<n>.pt.trace.json`, which opens in Perfetto and in TensorBoard.
+    The file is `trace-rank<n>.pt.trace.json`, which opens in Perfetto and in TensorBoard. A training of too few steps
+    leaves none and says so.
 
     Args:
         output_dir: the folder to write to.
@@ -21,6 +22,8 @@ class TraceSaver:
 
     def __init__(self, output_dir: str, steps: int) -> None:
         self.output_dir = Path(output_dir)
+        self.name = f"trace-rank{idist.get_rank()}.pt.trace.json"
+        self.written = False
         self.profiler = torch.profiler.profile(
             schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=self.write
         )
@@ -28,10 +31,15 @@ class TraceSaver:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.profiler.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.profiler.step)
-        engine.add_event_handler(Events.COMPLETED, self.profiler.stop)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    def finish(self) -> None:
+        self.profiler.stop()
+        if not self.written:
+            print("no trace: training ended before the steps to record")
 
     def write(self, profiler: torch.profiler.profile) -> None:
-        name = f"trace-rank{idist.get_rank()}.pt.trace.json"
         with whole_files(self.output_dir) as temporary:
-            profiler.export_chrome_trace(str(temporary / name))
-        print(f"trace of training steps: {self.output_dir / name}")
+            profiler.export_chrome_trace(str(temporary / self.name))
+        self.written = True
+        print(f"trace of training steps: {self.output_dir / self.name}")

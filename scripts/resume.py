@@ -1,5 +1,6 @@
 """A training that may be stopped at any moment and go on as if it hadn't been."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from monai.engines import Evaluator
 from monai.utils import set_determinism
 
 from scripts.datasets import epoch_seed
+from scripts.distributed import gathered
 from scripts.errors import InputError
 from scripts.weights import load_weights
 from scripts.writers import whole_files
@@ -27,20 +29,35 @@ class ResumableTraining:
             also a checkpoint that `load_weights` takes.
         resume: whether to go on from the file; where there is none, training starts at the first epoch.
         seed: for another training.
+        settings: what a training can't change on its way, by name; its epochs and their steps are seen to besides.
+        best_path: the checkpoint of the best epoch.
         validator: the evaluator whose best metric is kept.
         model: the network.
         parts: whatever else has a state: optimiser, learning rate scheduler.
 
     Raises:
-        InputError: when training starts, if the file is damaged or belongs to a training of other settings.
+        InputError: `resume` isn't a bool; when training starts, if the file is damaged or belongs to a training of
+            other settings, or processes would go on from different epochs.
     """
 
     def __init__(
-        self, path: str, resume: bool, seed: int, validator: Evaluator, model: torch.nn.Module, **parts: Any
+        self,
+        path: str,
+        resume: bool,
+        seed: int,
+        settings: dict[str, Any],
+        best_path: str,
+        validator: Evaluator,
+        model: torch.nn.Module,
+        **parts: Any,
     ) -> None:
+        if not isinstance(resume, bool):  # the text 'false' would count as true
+            raise InputError(f"--resume {resume}: must be True or False")
         self.path = Path(path)
         self.resume = resume
         self.seed = seed
+        self.settings = settings
+        self.best_path = Path(best_path)
         self.validator = validator
         self.model = model
         self.parts = parts
@@ -63,11 +80,10 @@ class ResumableTraining:
         best = self.validator.state
         stateful = self._stateful(engine)
         state = {name: part.state_dict() for name, part in stateful.items()}
-        state["kinds"] = _kinds(stateful)
+        state["settings"] = self._settings(engine)
         state["progress"] = {
             "epoch": engine.state.epoch,
-            "epochs": engine.state.max_epochs,
-            "steps_per_epoch": engine.state.epoch_length,
+            "best_network": self._best_network(),
             "best_metric": float(best.best_metric),
             "best_metric_epoch": best.best_metric_epoch,
         }
@@ -76,24 +92,33 @@ class ResumableTraining:
 
     def go_on(self, engine: Engine) -> None:
         """Load the state and count on from its epoch."""
-        if not self.path.exists():
+        if self.path.exists():
+            self._load(engine)
+        else:
             print(f"{self.path} isn't there: training starts at the first epoch")
-            return
+        if len(epochs := set(gathered([engine.state.epoch]))) > 1:
+            raise InputError(
+                f"{self.path}: isn't the same for all processes, which would go on after epochs {sorted(epochs)}; "
+                f"put --output_dir where all of them see it"
+            )
+
+    def _load(self, engine: Engine) -> None:
         load_weights(self.model, str(self.path))
         state = torch.load(self.path, map_location="cpu", weights_only=True)
         remedy = "give the settings that it began with, or train anew without --resume"
         try:
             progress, stateful = state["progress"], self._stateful(engine)
-            if state["kinds"] != _kinds(stateful):  # torch loads the state of one optimiser into another
-                raise InputError(f"{self.path}: its training has {state['kinds']}, not {_kinds(stateful)}; {remedy}")
-            for name, now in (("epochs", engine.state.max_epochs), ("steps_per_epoch", engine.state.epoch_length)):
-                if progress[name] != now:
-                    raise InputError(f"{self.path}: its training has {progress[name]} {name}, not {now}; {remedy}")
+            for name, now in self._settings(engine).items():
+                if (then := state["settings"][name]) != now:
+                    raise InputError(f"{self.path}: its training began with {name} {then}, not {now}; {remedy}")
             for name, part in stateful.items():
                 part.load_state_dict(state[name])
             engine.state.epoch = progress["epoch"]
-            self.validator.state.best_metric = progress["best_metric"]
-            self.validator.state.best_metric_epoch = progress["best_metric_epoch"]
+            if progress["best_network"] == self._best_network():
+                self.validator.state.best_metric = progress["best_metric"]
+                self.validator.state.best_metric_epoch = progress["best_metric_epoch"]
+            else:
+                print(f"{self.best_path} isn't the best network so far: the next one that is validated counts as such")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -105,6 +130,12 @@ class ResumableTraining:
         scaler = {} if engine.scaler is None else {"scaler": engine.scaler}
         return {"model": self.model, **self.parts, **scaler}
 
+    def _settings(self, engine: Engine) -> dict[str, Any]:
+        # torch would load the state of one optimiser into another
+        kinds = {name: type(part).__name__ for name, part in self._stateful(engine).items()}
+        steps = {"epochs": engine.state.max_epochs, "steps per epoch": engine.state.epoch_length}
+        return {**self.settings, **kinds, **steps}
 
-def _kinds(stateful: dict[str, Any]) -> dict[str, str]:
-    return {name: type(part).__name__ for name, part in stateful.items()}
+    def _best_network(self) -> str | None:
+        """SHA-256 of the best epoch's checkpoint; None where there is none."""
+        return hashlib.sha256(self.best_path.read_bytes()).hexdigest() if self.best_path.is_file() else None

@@ -8,11 +8,13 @@ import errno
 import hashlib
 import json
 import logging
+import os
 import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
 from datetime import datetime
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -67,7 +69,7 @@ def local_dataset(folder: str, cache_dir: str) -> str:
 
 
 def local_results(folder: str, cache_dir: str, names: Sequence[str]) -> str:
-    """A plain path as it is; for a URL a folder under `cache_dir`, into which the files `names` are copied if there.
+    """A plain path as it is; for a URL a folder under `cache_dir`, into which files that fit `names` are copied.
 
     Raises:
         StorageError: no such bucket, or they can't be copied. The folder itself needn't exist.
@@ -77,6 +79,10 @@ def local_results(folder: str, cache_dir: str, names: Sequence[str]) -> str:
     stored = StoredFolder(folder, cache_dir, "results")
     stored.copy_in(names)
     return str(stored.local)
+
+
+def _fits(name: str, patterns: Collection[str] | None) -> bool:
+    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 def _md5(path: Path) -> str:
@@ -92,8 +98,8 @@ def _version(info: dict[str, Any]) -> list[Any]:
 
 def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL, and the folder's path on it."""
-    if re.match(r"[^/@]*://[^/@]*:[^/@]*@", url):
-        shown = re.sub(r"://[^/]*@", "://", url)
+    if re.search(r"://[^@]*:[^@]*@", url):
+        shown = re.sub(r"://.*@", "://", url)
         raise StorageError(
             f"{shown}: has a password in it, which logs would show; give it by the environment or fsspec's settings"
         )
@@ -151,10 +157,11 @@ class StoredFolder:
             raise StorageError(f"{self.local}: can't be made ({_text(error)}); choose another --cache_dir") from error
 
     def copy_in(self, names: Collection[str] | None = None) -> None:
-        """Bring the copy to what is on the server: all files, or those of `names` that are there.
+        """Bring the copy to what is on the server: all files, or those whose names fit a pattern of `names`.
 
-        Files that aren't on the server are removed here as well. One of `names` that was made here and never reached
-        the server is kept under a hidden name, with a warning.
+        Files that aren't on the server are removed here as well. One of `names` that was changed here and never
+        reached the server stays; if the server's was changed too, that one is taken, and the one here is kept under a
+        hidden name, with a warning.
 
         Raises:
             StorageError: all files are asked for and there are none, or as `_try`.
@@ -164,10 +171,15 @@ class StoredFolder:
             record = self._read_record()
             if names is None and not there:
                 raise StorageError(f"{self.url}: no such folder, or nothing in it; check the name")
-            wanted = {name: info for name, info in there.items() if names is None or name in names}
-            outdated = {name: info for name, info in wanted.items() if not self._is_copied(name, info, record)}
-            surplus = set(self._local_names() if names is None else names) - set(wanted)
-            for name in sorted({*outdated, *surplus}):
+            wanted = {name: info for name, info in there.items() if _fits(name, names)}
+            here = {name for name in self._local_names() if _fits(name, names)}
+            unsent = {name for name in here if names is not None and self._is_unsent(name, wanted.get(name), record)}
+            outdated = {
+                name: info
+                for name, info in wanted.items()
+                if name not in unsent and not self._is_copied(name, info, record)
+            }
+            for name in sorted({*outdated, *here} - unsent - (set(wanted) - set(outdated))):
                 if names is not None:
                     self._keep_unsent(name, record)
                 (self.local / name).unlink(missing_ok=True)
@@ -191,10 +203,13 @@ class StoredFolder:
             record = self._read_record()
             for name in sorted(self._local_names(), reverse=True):  # an .img before the .hdr that speaks of it
                 path = self.local / name
-                state = self._state(path)
-                if self.seen.get(name) == state:
+                try:
+                    state = self._state(path)
+                    if self.seen.get(name) == state:
+                        continue
+                    digest = _md5(path)
+                except FileNotFoundError:  # a checkpoint that is no longer kept
                     continue
-                digest = _md5(path)
                 if record.get(name, {}).get("md5") != digest:
                     try:
                         info = self._try(self._send, name, state, digest)
@@ -252,17 +267,23 @@ class StoredFolder:
                 raise StorageError(f"{self.url}: is a file; name its folder")
             if path.endswith("/") or info["type"] == "directory":  # object stores keep empty files in place of folders
                 continue
-            name = path.removeprefix(f"{self.root}/")
+            if info["size"] is None:
+                raise StorageError(f"{self.url}: the server doesn't say how large {path} is; use another kind of URL")
+            name = path.removeprefix(f"{self.root}/" if self.root else "")
             parts = name.split("/")
-            if name == path or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
+            if (self.root and name == path) or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
                 raise StorageError(f"{self.url}: a file named {name!r} there may lead out of the folder; rename it")
             if not any(part.startswith(".") for part in parts):
                 found[name] = info
         return found
 
     def _local_names(self) -> list[str]:
-        paths = (path.relative_to(self.local) for path in self.local.rglob("*") if path.is_file())
-        return [path.as_posix() for path in paths if not any(part.startswith(".") for part in path.parts)]
+        names = []
+        for folder, folders, files in os.walk(self.local):  # which bears with what others remove meanwhile
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            inside = Path(folder).relative_to(self.local)
+            names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+        return names
 
     def _state(self, path: Path) -> tuple[int, int]:
         status = path.stat()
@@ -272,6 +293,12 @@ class StoredFolder:
         """Whether the file is here, undamaged, in the server's present version."""
         path, entry = self.local / name, record.get(name)
         return bool(entry) and entry["version"] == _version(info) and path.is_file() and entry["md5"] == _md5(path)
+
+    def _is_unsent(self, name: str, info: dict[str, Any] | None, record: dict[str, Any]) -> bool:
+        """Whether the file was changed here while the server's is still the one that was copied last, or none."""
+        entry = record.get(name, {"version": None, "md5": None})
+        unchanged = entry["version"] == (None if info is None else _version(info))
+        return unchanged and entry["md5"] != _md5(self.local / name)
 
     def _keep_unsent(self, name: str, record: dict[str, Any]) -> None:
         path = self.local / name
@@ -355,7 +382,8 @@ class CopyOut:
         self.folders = [StoredFolder(url, cache_dir, "results") for url in urls]
 
     def attach(self, engine: Engine) -> None:
-        if not self.folders:
+        # of several processes on a machine, which share the copy, one speaks for all
+        if not self.folders or int(os.environ.get("LOCAL_RANK", 0)) > 0:
             return
         each = Events.ITERATION_COMPLETED if isinstance(engine, Evaluator) else Events.EPOCH_COMPLETED
         engine.add_event_handler(Events.STARTED, self.copy)

@@ -88,6 +88,10 @@ def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
     """
     paths: list[str] = []
     for name in ensure_tuple(checkpoints):
+        if "://" in name:
+            raise InputError(
+                f"{name}: --checkpoints takes paths; give one folder by URL as --ckpt_dir, or copy the files"
+            )
         if Path(name).exists() or not glob.has_magic(name):
             paths.append(name)
         elif found := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 (may be absolute)
@@ -158,27 +162,31 @@ class StepWeightsSaver:
         output_dir: the folder to write to.
         network: whose weights are written.
         interval: steps from one to the next.
-        keep: how many files stay.
+        keep: how many files stay, at least 1.
+        resume: whether such files may be there at the start, since they are this training's own.
 
     Raises:
-        InputError: when training starts from its first step, if the folder holds such files of an earlier one.
+        InputError: when training starts and isn't resumed, if the folder holds such files of an earlier one.
     """
 
-    def __init__(self, output_dir: str, network: torch.nn.Module, interval: int, keep: int) -> None:
+    def __init__(self, output_dir: str, network: torch.nn.Module, interval: int, keep: int, resume: bool) -> None:
         self.output_dir = Path(output_dir)
         self.network = network
         self.interval = interval
         self.keep = keep
+        self.resume = resume
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.require_none)
+        if not self.resume:
+            engine.add_event_handler(Events.STARTED, self.require_none)
         engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.stem.removeprefix("step-")) for path in self.output_dir.glob("step-*.pt"))
+        names = [re.fullmatch(r"step-([1-9]\d*)\.pt", path.name) for path in self.output_dir.glob("step-*.pt")]
+        return sorted(int(name[1]) for name in names if name)
 
-    def require_none(self, engine: Engine) -> None:
-        if engine.state.iteration == 0 and (steps := self._steps()):
+    def require_none(self) -> None:
+        if steps := self._steps():
             raise InputError(
                 f"{self.output_dir}/step-{steps[0]}.pt: is of an earlier training; choose another --output_dir, "
                 f"or go on with that one by --resume True"

@@ -87,6 +87,13 @@ def nearest(name: str, known: Collection[str]) -> str | None:
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
 
 
+def require_whole_numbers(least: int, **settings: int) -> None:
+    """Refuse settings, given by name, that aren't whole numbers of at least so much, by InputError."""
+    for name, value in settings.items():
+        if not isinstance(value, int) or value < least:
+            raise InputError(f"--{name} {value}: must be a whole number of at least {least}")
+
+
 def require_training_settings(network: torch.nn.Module, patch_size: Sequence[int], **whole_numbers: int) -> None:
     """Refuse settings that can't train before anything is loaded.
 
@@ -98,9 +105,7 @@ def require_training_settings(network: torch.nn.Module, patch_size: Sequence[int
     Raises:
         InputError: one of them isn't so.
     """
-    for name, value in whole_numbers.items():
-        if not isinstance(value, int) or value < 1:
-            raise InputError(f"--{name} {value}: must be a whole number of at least 1")
+    require_whole_numbers(1, **whole_numbers)
     if any(not isinstance(side, int) or side < 1 or side % network.stride for side in ensure_tuple(patch_size)):
         raise InputError(f"--patch_size {patch_size}: must be multiples of {network.stride}, like [64,64,64]")
 

@@ -1,6 +1,7 @@
 """Files that are whole or not there: label images, tables and whatever else a command leaves behind."""
 
 import csv
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,8 @@ from ignite.engine import Engine, Events
 from scripts.errors import InputError
 from scripts.transforms import ISEG_VALUES
 
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
     """The rows of a CSV file with a header line."""
@@ -29,13 +32,24 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
     """A temporary folder whose files move into `directory` when the block ends well, and vanish when it fails.
 
     Files of those names that are there already are replaced. `directory` is made if need be.
+
+    Raises:
+        InputError: the disk is full or may not be written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".unfinished-", dir=directory) as temporary:
-        yield Path(temporary)
-        for path in sorted(Path(temporary).iterdir(), reverse=True):  # an .img before the .hdr that speaks of it
-            path.replace(directory / path.name)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".unfinished-", dir=directory) as temporary:
+            yield Path(temporary)
+            for path in sorted(Path(temporary).iterdir(), reverse=True):  # an .img before the .hdr that speaks of it
+                path.replace(directory / path.name)
+    except (OSError, RuntimeError) as error:
+        if getattr(error, "errno", None) in UNWRITABLE or "inline_container" in str(error):  # torch's own file writer
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"{directory}: can't be written ({reason}); make room or allow it, or choose another folder"
+            ) from error
+        raise
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

@@ -76,7 +76,6 @@ def segmented(dataset, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.mark.xdist_group("trained")
 def test_training_leaves_the_best_network_the_last_epoch_and_a_log(trained):
     SkipDenseSeg().load_state_dict(torch.load(trained / "model.pt", weights_only=True))
     last = torch.load(trained / "last.pt", weights_only=True)
@@ -86,7 +85,6 @@ def test_training_leaves_the_best_network_the_last_epoch_and_a_log(trained):
     assert list(trained.glob("events.out.tfevents*"))
 
 
-@pytest.mark.xdist_group("trained")
 def test_training_again_keeps_the_earlier_weights(dataset, trained, tmp_path):
     shutil.copy(trained / "model.pt", tmp_path)
     result = train(dataset, tmp_path)
@@ -121,7 +119,6 @@ def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tm
     assert (tmp_path / "subject-9-scored.png").stat().st_size > 10_000
 
 
-@pytest.mark.xdist_group("segmented")
 def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, segmented, tmp_path):
     assert evaluate(dataset, tmp_path).returncode == 0
     row = read_csv(tmp_path / "metrics.csv")[0]
@@ -171,7 +168,6 @@ def test_subject_that_fills_little_of_its_volume(brains, tmp_path):
     assert (tmp_path / "labels" / "subject-9-label.png").exists()
 
 
-@pytest.mark.xdist_group("segmented")
 def test_segmentation_opens_beside_the_t1(dataset, segmented):
     for subject in ("9", "11"):
         t1 = nib.load(dataset / f"subject-{subject}-T1.hdr")
@@ -185,7 +181,6 @@ def test_segmentation_opens_beside_the_t1(dataset, segmented):
         assert (segmented / f"subject-{subject}-label.png").stat().st_size > 10_000
 
 
-@pytest.mark.xdist_group("segmented")
 def test_volumes_are_those_of_the_segmentation(segmented):
     rows = read_csv(segmented / "volumes.csv")
     assert [row["subject"] for row in rows] == ["9", "11"]
@@ -205,7 +200,6 @@ def test_unlabelled_subjects_are_segmented_by_default_also_as_analyze(dataset, t
     assert set(np.unique(np.asarray(nib.load(tmp_path / "subject-11-label.hdr").dataobj))) <= {0, 10, 150, 250}
 
 
-@pytest.mark.xdist_group("segmented")
 def test_other_grids_come_back_right(dataset, segmented, brains, tmp_path):
     """The same brain stored with turned axes gives the same labels; with other voxels it gives nearly the same."""
     data = tmp_path / "data"

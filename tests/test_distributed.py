@@ -12,8 +12,11 @@ import psutil
 import pytest
 import torch
 from conftest import QUICK, ROOT, bundle, save_subject
+from ignite.engine import Engine
 
 from scripts.distributed import own_device
+from scripts.errors import InputError
+from scripts.resume import ResumableTraining
 from scripts.writers import read_csv
 
 TRAIN = "['configs/train.json','configs/multi_gpu_train.json']"
@@ -27,8 +30,8 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
     return [*launcher, "--nproc_per_node", str(processes), *arguments]
 
 
-def run(command: list[str], cwd=ROOT) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def run(command: list[str], cwd=ROOT, **variables: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
 
 
@@ -57,7 +60,8 @@ leave()
 )
 def test_every_item_is_in_a_share_and_comes_back_in_order(tmp_path, processes):
     (tmp_path / "shares.py").write_text(SHARES)
-    result = run(torchrun(processes, str(tmp_path / "shares.py"), str(tmp_path)))
+    # in a Slurm job too, where ignite looks for Slurm's own numbers
+    result = run(torchrun(processes, str(tmp_path / "shares.py"), str(tmp_path)), SLURM_JOB_ID="7")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["0 []", "1 [0]", "5 [0, 1, 2, 3, 4]"]
 
@@ -133,7 +137,7 @@ IDS = ["1", "2", "3", "4", "5"]
 def test_evaluation_scores_every_subject_once(five_subjects, tmp_path, processes):
     result = bundle_on(
         processes, "run", "evaluating", "--config_file", EVALUATE, "--dataset_dir", str(five_subjects),
-        "--output_dir", str(tmp_path), "--val_subjects", "[1,2,3,4,5]",
+        "--output_dir", str(tmp_path), "--val_subjects", "[1,2,3,4,5]", "--device", "cpu",
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     assert [row["subject"] for row in read_csv(tmp_path / "metrics.csv")] == IDS
@@ -175,6 +179,16 @@ def kill_second_rank_after_an_epoch(launcher: subprocess.Popen, output) -> None:
     ranks = [p for p in psutil.Process(launcher.pid).children() if p.environ().get("RANK") == "1"]
     assert len(ranks) == 1
     ranks[0].send_signal(signal.SIGKILL)
+
+
+def test_processes_that_would_go_on_from_different_epochs_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setattr("scripts.resume.gathered", lambda items: [*items, 3])
+    engine = Engine(lambda engine, batch: None)
+    training = ResumableTraining(
+        str(tmp_path / "last.pt"), True, 0, {}, str(tmp_path / "model.pt"), engine, torch.nn.Linear(1, 1)
+    )
+    with pytest.raises(InputError, match=r"last.pt: isn't the same for all processes, .* after epochs \[0, 3\]"):
+        training.go_on(engine)
 
 
 @pytest.mark.slow

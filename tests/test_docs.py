@@ -129,7 +129,6 @@ def test_make_knows_the_target(command):
 
 
 @pytest.mark.slow
-@pytest.mark.xdist_group("docs/several_devices.md")
 def test_two_machines_on_this_one(homes):
     home = homes("docs/several_devices.md")
     with socket.socket() as free:

@@ -9,9 +9,6 @@ from scripts.errors import InputError
 from scripts.phantom import phantom
 from scripts.synthesis import histogram_overlap
 
-# one worker makes the subjects
-pytestmark = pytest.mark.xdist_group("phantom")
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

@@ -8,6 +8,7 @@ from conftest import ROOT
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 
+from scripts.errors import InputError
 from scripts.inferers import FixedLossScale, float16_or_auto, needs_loss_scaling
 
 CONFIGS = ROOT / "configs"
@@ -92,6 +93,22 @@ def test_recipe_trains_validates_on_the_centre_and_is_scored_on_the_whole(datase
     assert (tmp_path / "metrics.csv").read_text().splitlines()[1].startswith("9,")
     pictured = scoring.parser.get_parsed_content("validate#evaluator").state.output[0]["pred"]
     assert pictured.shape == (1, 60, 72, 64)
+
+
+def test_recipe_over_evaluate_is_refused(dataset, tmp_path):
+    scoring = ConfigWorkflow(
+        [str(CONFIGS / name) for name in ("train.json", "evaluate.json", "recipes/mindspore.json")],
+        run_id="evaluating", workflow_type="train", bundle_root=str(ROOT), dataset_dir=str(dataset),
+        output_dir=str(tmp_path), patch_size=[32, 32, 32],
+    )  # fmt: skip
+    scoring.initialize()
+    with pytest.raises((InputError, RuntimeError)) as caught:
+        scoring.run()
+    error = caught.value
+    while not isinstance(error, InputError):
+        error = error.__cause__ or error.__context__
+    assert "name configs/evaluate.json after it" in str(error)
+    assert not (tmp_path / "metrics.csv").exists()
 
 
 def test_both_recipes_validate_alike():

@@ -125,6 +125,30 @@ def test_worse_epoch_after_resuming_does_not_replace_the_best_network(dataset, t
     assert torch.load(output / "last.pt", weights_only=True)["progress"]["best_metric"] == 0.99
 
 
+def test_best_network_of_another_training_is_replaced_and_kept(dataset, tmp_path, uninterrupted, capsys):
+    output = tmp_path / "out"
+    shutil.copytree(uninterrupted[0], output)
+    state = torch.load(output / "last.pt", weights_only=True)
+    state["progress"] |= {"epoch": 2, "best_metric": 0.99, "best_metric_epoch": 1}
+    state["lr_scheduler"] |= {"last_epoch": 4, "_step_count": 5}
+    torch.save(state, output / "last.pt")
+    others = (ROOT / "models" / "model.pt").read_bytes()
+    (output / "model.pt").write_bytes(others)
+    train(dataset, output, resume=True)
+    assert f"{output}/model.pt isn't the best network so far" in capsys.readouterr().out
+    assert (output / "model.pt").read_bytes() != others
+    assert others in [path.read_bytes() for path in output.glob("model-*.pt")]
+
+
+def test_resume_is_true_or_false(dataset, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        train(dataset, tmp_path, resume="false")
+    error = caught.value
+    while error.__cause__:
+        error = error.__cause__
+    assert str(error) == "--resume false: must be True or False"
+
+
 def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterrupted):
     shutil.copy(uninterrupted[0] / "last.pt", tmp_path)
     former = (tmp_path / "last.pt").read_bytes()
@@ -135,9 +159,10 @@ def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterr
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"epochs": 5}, "its training has 3 epochs, not 5"),
-        ({"crops_per_epoch": 4}, "its training has 2 steps_per_epoch, not 4"),
-        ({"optimizer#_target_": "torch.optim.Adam"}, "'optimizer': 'AdamW'"),
+        ({"epochs": 5}, "its training began with epochs 3, not 5"),
+        ({"crops_per_epoch": 4}, "its training began with steps per epoch 2, not 4"),
+        ({"optimizer#_target_": "torch.optim.Adam"}, "its training began with optimizer AdamW, not Adam"),
+        ({"learning_rate": 0.1}, "its training began with learning_rate 0.001, not 0.1"),
         ({"network_def#growth_rate": 8}, "a checkpoint of another network"),
     ],
 )

@@ -29,7 +29,7 @@ from scripts import storage
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
 from scripts.storage import CopyOut, StorageError, StoredFolder, local_dataset, local_results
-from scripts.writers import BackgroundWriter, read_csv
+from scripts.writers import BackgroundWriter, read_csv, whole_files
 
 EVALUATE = "['configs/train.json','configs/evaluate.json']"
 
@@ -186,7 +186,7 @@ def test_results_go_out_when_new_or_changed_and_never_hidden_ones(memory, tmp_pa
 
 
 def test_results_of_an_earlier_run_are_taken_from_the_server(memory, tmp_path):
-    """What a run left here counts only as far as it reached the server; what didn't is kept."""
+    """What a run left here and couldn't send stays, unless the server has something newer; then it is kept aside."""
     names = ["last.pt", "volumes.csv"]
     memory.pipe("/results/last.pt", b"epoch 1")
     memory.pipe("/results/subject-9-label.nii.gz", b"not needed")
@@ -194,13 +194,52 @@ def test_results_of_an_earlier_run_are_taken_from_the_server(memory, tmp_path):
     assert files(local) == {"last.pt": b"epoch 1"}
     (local / "last.pt").write_bytes(b"epoch 2, never copied out")
     local_results("memory://results", str(tmp_path), names)
-    assert files(local) == {"last.pt": b"epoch 1"}
+    assert files(local) == {"last.pt": b"epoch 2, never copied out"}
+    memory.pipe("/results/last.pt", b"epoch 3 of another machine")
+    local_results("memory://results", str(tmp_path), names)
+    assert files(local) == {"last.pt": b"epoch 3 of another machine"}
     (kept,) = local.glob(".kept-*-last.pt")
     assert kept.read_bytes() == b"epoch 2, never copied out"
     memory.rm("/results/last.pt")
     local_results("memory://results", str(tmp_path), names)
     assert files(local) == {}
     assert len(list(local.glob(".kept-*"))) == 1
+
+
+def test_results_that_were_never_sent_go_out_at_the_next_start(memory, tmp_path):
+    local = Path(local_results("memory://results", str(tmp_path), ["*.pt"]))
+    (local / "step-5.pt").write_bytes(b"while the server was away")
+    local_results("memory://results", str(tmp_path), ["*.pt"])
+    StoredFolder("memory://results", str(tmp_path), "results").copy_out()
+    assert memory.cat("/results/step-5.pt") == b"while the server was away"
+
+
+def test_files_that_come_and_go_while_results_are_copied_out(memory, tmp_path):
+    folder = StoredFolder("memory://results", str(tmp_path), "results")
+    done = threading.Event()
+
+    def write() -> None:
+        while not done.is_set():
+            with whole_files(folder.local) as temporary:
+                (temporary / "label").write_bytes(b"whole")
+
+    writers = [threading.Thread(target=write) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    try:
+        for _ in range(300):
+            folder.copy_out()
+    finally:
+        done.set()
+        for writer in writers:
+            writer.join()
+    assert memory.cat("/results/label") == b"whole"
+
+
+def test_server_that_does_not_tell_sizes(memory, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "find", lambda *a, **k: {"/data/a": {"size": None, "type": "file"}}, raising=False)
+    with pytest.raises(StorageError, match="memory://data: the server doesn't say how large /data/a is"):
+        local_dataset("memory://data", str(tmp_path))
 
 
 def test_own_results_are_not_fetched_back(memory, tmp_path):
@@ -364,7 +403,9 @@ def test_absent_package_is_named(tmp_path, monkeypatch):
         local_dataset("s3://bucket/data", str(tmp_path))
 
 
-@pytest.mark.parametrize("url", ["sftp://me:secret@host/data", "filecache::ftp://me:sec@ret@host/data"])
+@pytest.mark.parametrize(
+    "url", ["sftp://me:secret@host/data", "filecache::ftp://me:sec@ret@host/data", "s3://ME:sec/ret@b"]
+)
 def test_password_in_a_url_is_refused_and_not_repeated(tmp_path, url):
     with pytest.raises(StorageError, match="has a password in it") as caught:
         local_dataset(url, str(tmp_path))

@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 import torch
 from ignite.engine import Engine, Events
@@ -146,9 +148,12 @@ def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, evaluator, monk
 
     def broken(state, file):
         file.write_bytes(b"half")
-        raise OSError("disk full")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(InputError, match=r"can't be written .*No space left.*make room"),
+    ):
         patch.setattr(torch, "save", broken)
         evaluator.run([0])
     assert list(tmp_path.iterdir()) == [path]
@@ -157,7 +162,7 @@ def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, evaluator, monk
 
 def test_newest_step_checkpoints_are_kept_also_after_resuming(tmp_path):
     engine = Engine(lambda engine, batch: None)
-    StepWeightsSaver(str(tmp_path), counting(engine), interval=3, keep=2).attach(engine)
+    StepWeightsSaver(str(tmp_path), counting(engine), interval=3, keep=2, resume=False).attach(engine)
     engine.run(range(5), max_epochs=2)
     assert {path.name: weight(path) for path in tmp_path.iterdir()} == {"step-6.pt": 6, "step-9.pt": 9}
     resumed = Engine(lambda engine, batch: None)
@@ -166,15 +171,24 @@ def test_newest_step_checkpoints_are_kept_also_after_resuming(tmp_path):
     def count_on():
         resumed.state.epoch, resumed.state.iteration = 2, 10
 
-    StepWeightsSaver(str(tmp_path), counting(resumed), interval=3, keep=2).attach(resumed)
+    StepWeightsSaver(str(tmp_path), counting(resumed), interval=3, keep=2, resume=True).attach(resumed)
     resumed.run(range(5), max_epochs=3)
     assert {path.name for path in tmp_path.iterdir()} == {"step-12.pt", "step-15.pt"}
+
+
+def test_files_of_like_names_stay(tmp_path):
+    for name in ("step-best.pt", "step-0002.pt", "step-1.pt.bak"):
+        (tmp_path / name).touch()
+    engine = Engine(lambda engine, batch: None)
+    StepWeightsSaver(str(tmp_path), counting(engine), interval=1, keep=1, resume=False).attach(engine)
+    engine.run(range(3))
+    assert {path.name for path in tmp_path.iterdir()} == {"step-best.pt", "step-0002.pt", "step-1.pt.bak", "step-3.pt"}
 
 
 def test_step_checkpoints_of_an_earlier_training_are_not_replaced(tmp_path):
     (tmp_path / "step-6.pt").write_bytes(b"earlier")
     engine = Engine(lambda engine, batch: None)
-    StepWeightsSaver(str(tmp_path), counting(engine), interval=3, keep=2).attach(engine)
+    StepWeightsSaver(str(tmp_path), counting(engine), interval=3, keep=2, resume=False).attach(engine)
     with pytest.raises(InputError, match=r"step-6.pt: is of an earlier training; choose another --output_dir"):
         engine.run(range(10))
     assert (tmp_path / "step-6.pt").read_bytes() == b"earlier"

@@ -10,7 +10,13 @@ from conftest import ROOT, bundle, last_line
 from scripts import errors
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.workflow import keep_freed_memory, refuse_unknown_overrides, require_training_settings, start
+from scripts.workflow import (
+    keep_freed_memory,
+    refuse_unknown_overrides,
+    require_training_settings,
+    require_whole_numbers,
+    start,
+)
 
 TRAIN = str(ROOT / "configs" / "train.json")
 EVALUATE = str(ROOT / "configs" / "evaluate.json")
@@ -105,6 +111,21 @@ def test_settings_that_can_not_train(settings, message):
     require_training_settings(**fine)
     with pytest.raises(InputError, match=message):
         require_training_settings(**(fine | settings))
+
+
+@pytest.mark.parametrize("value", [-1, 2.5, "many"])
+def test_numbers_that_may_be_nought(value):
+    require_whole_numbers(0, profile_steps=0)
+    with pytest.raises(InputError, match=f"--profile_steps {value}: must be a whole number of at least 0"):
+        require_whole_numbers(0, profile_steps=value)
+
+
+def test_commands_of_our_own_refuse_urls(tmp_path):
+    result = bundle("cross_validate", "--dataset_dir", "d", "--output_dir", "s3://b/cv", cwd=ROOT, module="scripts")
+    assert (
+        last_line(result) == "error: --output_dir s3://b/cv: cross_validate takes paths, not URLs; copy the files first"
+    )
+    assert not (ROOT / "s3:").exists()
 
 
 def test_another_program_keeps_its_arguments_and_its_way_with_errors(monkeypatch):
