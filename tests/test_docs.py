@@ -38,10 +38,7 @@ def commands(page: str) -> list[str]:
 ALL = [(page, line) for page in PAGES for line in commands(page)]
 # what each page says is run from its top to its bottom; the model card repeats what README.md says
 RUN = [
-    # one worker runs a page from its top to its bottom
-    pytest.param(
-        page, line, marks=(pytest.mark.xdist_group(page), *([] if page == "README.md" else [pytest.mark.slow]))
-    )
+    pytest.param(page, line, marks=() if page == "README.md" else pytest.mark.slow)
     for page, line in ALL
     if line.startswith(("python -m ", "torchrun ")) and (page != "docs/README.md" or ("README.md", line) not in ALL)
 ]
