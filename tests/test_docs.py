@@ -156,7 +156,7 @@ def test_slurm_script_starts_what_it_should(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     (script,) = blocks("docs/several_devices.md", "slurm")
     programs = {
-        "srun": '#!/bin/bash\nexec "$@"',
+        "srun": '#!/bin/bash\nshift\nexec "$@"',  # its own option
         "scontrol": "#!/bin/bash\necho node7",
         "torchrun": '#!/bin/bash\nprintf "%s\\0" "$@"',
     }
@@ -166,6 +166,7 @@ def test_slurm_script_starts_what_it_should(tmp_path, monkeypatch):
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     (tmp_path / ".venv" / "bin" / "activate").touch()
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODEID": "1"}
+    environment["SLURM_CPUS_PER_TASK"] = "32"
     result = subprocess.run(
         ["bash", "-euc", script], cwd=tmp_path, capture_output=True, text=True, check=True,
         env=environment | {"SLURM_JOB_NODELIST": "node[7-8]"},
