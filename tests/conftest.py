@@ -1,6 +1,7 @@
 """A small dataset in iSeg's layout, and the bundle's commands as a person runs them."""
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def bundle(*arguments: str, cwd: Path = ROOT, module: str = "monai.bundle") -> s
         text=True,
         timeout=300,
     )
+
+
+def copy_bundle(directory: Path) -> Path:
+    for name in ("configs", "scripts", "models"):
+        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+        shutil.copy(ROOT / name, directory)
+    return directory
 
 
 def last_line(result: subprocess.CompletedProcess) -> str:

@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.run
 import yaml
-from conftest import QUICK, ROOT, bundle, s3_server, save_subject, server_environment
+from conftest import QUICK, ROOT, bundle, copy_bundle, s3_server, save_subject, server_environment
 
 from scripts.network import SkipDenseSeg
 from scripts.workflow import refuse_unknown_overrides
@@ -44,14 +43,6 @@ RUN = [
 ]
 MAKE = sorted({line for _, line in ALL if line.startswith("make ")})
 SETUP = sorted({line for _, line in ALL if not line.startswith(("python -m ", "torchrun ", "make "))})
-
-
-def copy_bundle(directory: Path) -> Path:
-    for name in ("configs", "scripts", "models"):
-        shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
-        shutil.copy(ROOT / name, directory)
-    return directory
 
 
 @pytest.fixture(scope="module")
@@ -216,28 +207,3 @@ def test_settings_in_the_table_exist_with_those_defaults():
     for name, default in shown.items():
         value = str({**train, **inference}[name]).removeprefix("$@bundle_root + '/").rstrip("'")
         assert value == default, name
-
-
-@pytest.mark.slow
-def test_demo_from_nothing_and_once_more(tmp_path):
-    home = copy_bundle(tmp_path)
-    first = subprocess.run(["make", "demo"], cwd=home, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    average = re.search(r"^\| 6 \| .* \| ([\d.]+) \|$", first.stdout, re.MULTILINE)
-    assert float(average[1]) >= 85
-    for result in re.findall(r"demo/[\w./-]+", first.stdout[first.stdout.rindex("network:") :]):
-        assert (home / result).exists(), result
-    before = {path: path.stat().st_mtime_ns for path in (home / "demo").rglob("*")}
-    again = subprocess.run(["make", "demo"], cwd=home, capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in (home / "demo").rglob("*")} == before
-
-
-@pytest.mark.slow
-def test_setup_without_make(tmp_path):
-    home = copy_bundle(tmp_path)
-    setup = "\n".join(line for line in commands("README.md") if line in SETUP)
-    check = "python -m monai.bundle verify_net_in_out network_def --meta_file configs/metadata.json"
-    check += " --config_file configs/inference.json --n 4"
-    result = subprocess.run(["bash", "-ec", f"{setup}\n{check}"], cwd=home, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

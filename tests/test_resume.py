@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,13 +113,18 @@ def test_finished_training_has_nothing_left_to_do(dataset, tmp_path, uninterrupt
     assert first == second
 
 
-def test_worse_epoch_after_resuming_does_not_replace_the_best_network(dataset, tmp_path, uninterrupted):
-    output = tmp_path / "out"
-    shutil.copytree(uninterrupted[0], output)
+def set_back_to_epoch_2(finished: Path, output: Path) -> Path:
+    """A copy of a finished training that has its last epoch before it, and had its best, of 0.99, in the first."""
+    shutil.copytree(finished, output)
     state = torch.load(output / "last.pt", weights_only=True)
     state["progress"] |= {"epoch": 2, "best_metric": 0.99, "best_metric_epoch": 1}
     state["lr_scheduler"] |= {"last_epoch": 4, "_step_count": 5}
     torch.save(state, output / "last.pt")
+    return output
+
+
+def test_worse_epoch_after_resuming_does_not_replace_the_best_network(dataset, tmp_path, uninterrupted):
+    output = set_back_to_epoch_2(uninterrupted[0], tmp_path / "out")
     best = (output / "model.pt").read_bytes()
     assert set(train(dataset, output, resume=True)) == {5, 6}
     assert (output / "model.pt").read_bytes() == best
@@ -126,12 +132,7 @@ def test_worse_epoch_after_resuming_does_not_replace_the_best_network(dataset, t
 
 
 def test_best_network_of_another_training_is_replaced_and_kept(dataset, tmp_path, uninterrupted, capsys):
-    output = tmp_path / "out"
-    shutil.copytree(uninterrupted[0], output)
-    state = torch.load(output / "last.pt", weights_only=True)
-    state["progress"] |= {"epoch": 2, "best_metric": 0.99, "best_metric_epoch": 1}
-    state["lr_scheduler"] |= {"last_epoch": 4, "_step_count": 5}
-    torch.save(state, output / "last.pt")
+    output = set_back_to_epoch_2(uninterrupted[0], tmp_path / "out")
     others = (ROOT / "models" / "model.pt").read_bytes()
     (output / "model.pt").write_bytes(others)
     train(dataset, output, resume=True)
