@@ -15,7 +15,7 @@ from monai.data import MetaTensor
 from monai.engines import IterationEvents
 
 from scripts.transforms import Tissue
-from scripts.writers import BackgroundWriter, whole_files
+from scripts.writers import BackgroundWriter, result_path, whole_files
 
 TISSUE_COLORS = {Tissue.CSF: "#3b82f6", Tissue.GM: "#22c55e", Tissue.WM: "#facc15"}
 DISAGREEMENT_COLOR = "#ef4444"
@@ -114,9 +114,9 @@ class PictureSaver(BackgroundWriter):
     def write(self, item: dict[str, Any]) -> None:
         subject, label = item["subject"], item.get("label")
         figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}")
-        name = f"subject-{subject}-{'label' if label is None else 'scored'}.png"
-        with whole_files(self.output_dir) as temporary:
-            figure.savefig(temporary / name, dpi=80, facecolor="black")
+        path = result_path(self.output_dir, item, "label" if label is None else "scored", ".png")
+        with whole_files(path.parent) as temporary:
+            figure.savefig(temporary / path.name, dpi=80, facecolor="black")
 
 
 class TimeReport:

@@ -130,6 +130,18 @@ def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
         yield {**batch, **output}
 
 
+def result_path(output_dir: str | Path, item: Mapping[str, Any], what: str, suffix: str) -> Path:
+    """Where a result of a subject goes.
+
+    Args:
+        output_dir: the folder of the results.
+        item: the subject, as `segmented_subjects` gives it.
+        what: what it shows: 'label', 'scored' and so on.
+        suffix: '.nii.gz', '.nii', '.hdr' or '.png'.
+    """
+    return Path(output_dir) / f"subject-{item['subject']}-{what}{suffix}"
+
+
 class BackgroundWriter(ABC):
     """Handler that writes something of each subject in a thread, while the next subject is computed.
 
@@ -179,5 +191,5 @@ class LabelSaver(BackgroundWriter):
         self.suffix = suffix
 
     def write(self, item: dict[str, Any]) -> None:
-        path = self.output_dir / f"subject-{item['subject']}-label{self.suffix}"
+        path = result_path(self.output_dir, item, "label", self.suffix)
         write_label(path, item["pred"][0].cpu().numpy(), item["t1"].meta["filename_or_obj"])
