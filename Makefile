@@ -1,5 +1,5 @@
 # Needs Python 3.11 with venv (on Debian: python3.11 and python3.11-venv) and make; installs all else into .venv
-PYTHON ?= python3
+PYTHON ?= python3.11
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
