@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
 
-.PHONY: demo bench test test-slow test-all lint weights
+.PHONY: demo bench test test-slow test-all lint weights package
 
 # phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
 demo: demo/.segmented
@@ -55,6 +55,10 @@ weights: $(VENV)/.installed
 	$(PY) -m scripts phantom --output_dir data/phantom --subjects 6 --unlabeled 1 --seed 0
 	$(RUN) evaluating --config_file "['configs/train.json','configs/evaluate.json']" \
 		--val_subjects "[1,2,3,4,5,6]" --output_dir eval/weights
+
+# the bundle as a zip to publish, with its checksum
+package: $(VENV)/.installed
+	$(PY) -m scripts package --output_dir dist
 
 $(VENV)/bin/pip:
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no virtual environment made; on Debian: apt install python3.11-venv"; exit 1; }

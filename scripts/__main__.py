@@ -10,6 +10,7 @@ from scripts.cross_validation import cross_validate, gather_folds
 from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.hdf5 import prepare_hdf5
 from scripts.import_weights import import_weights
+from scripts.package import package
 from scripts.phantom import phantom
 from scripts.submission import submission
 from scripts.workflow import given_options, nearest
@@ -21,6 +22,7 @@ COMMANDS = {
     "cross_validate": cross_validate,
     "gather_folds": gather_folds,
     "submission": submission,
+    "package": package,
     "bench": bench,
 }
 
