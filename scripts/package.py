@@ -16,54 +16,54 @@ NAME = "infant_brain_mri_skipdenseseg"
 WEIGHTS = "models/model.pt"
 
 # by name, so that nothing else that lies in these folders gets in
-CONTENTS = """
-LICENSE
-requirements.txt
-configs/demo.json
-configs/evaluate.json
-configs/inference.json
-configs/logging.conf
-configs/metadata.json
-configs/multi_gpu_evaluate.json
-configs/multi_gpu_inference.json
-configs/multi_gpu_train.json
-configs/recipes/mindspore.json
-configs/recipes/original.json
-configs/train.json
-docs/README.md
-docs/cloud_storage.md
-docs/coming_from_mindspore_or_pytorch.md
-docs/cross_validation.md
-docs/data_license.txt
-docs/packaging.md
-docs/several_devices.md
-models/model.pt
-scripts/__init__.py
-scripts/__main__.py
-scripts/bench.py
-scripts/cross_validation.py
-scripts/datasets.py
-scripts/distributed.py
-scripts/errors.py
-scripts/hdf5.py
-scripts/import_weights.py
-scripts/inferers.py
-scripts/metrics.py
-scripts/network.py
-scripts/package.py
-scripts/phantom.py
-scripts/profiling.py
-scripts/report.py
-scripts/resume.py
-scripts/storage.py
-scripts/subjects.py
-scripts/submission.py
-scripts/synthesis.py
-scripts/transforms.py
-scripts/weights.py
-scripts/workflow.py
-scripts/writers.py
-""".split()
+CONTENTS = (
+    "LICENSE",
+    "requirements.txt",
+    "configs/demo.json",
+    "configs/evaluate.json",
+    "configs/inference.json",
+    "configs/logging.conf",
+    "configs/metadata.json",
+    "configs/multi_gpu_evaluate.json",
+    "configs/multi_gpu_inference.json",
+    "configs/multi_gpu_train.json",
+    "configs/recipes/mindspore.json",
+    "configs/recipes/original.json",
+    "configs/train.json",
+    "docs/README.md",
+    "docs/cloud_storage.md",
+    "docs/coming_from_mindspore_or_pytorch.md",
+    "docs/cross_validation.md",
+    "docs/data_license.txt",
+    "docs/packaging.md",
+    "docs/several_devices.md",
+    "models/model.pt",
+    "scripts/__init__.py",
+    "scripts/__main__.py",
+    "scripts/bench.py",
+    "scripts/cross_validation.py",
+    "scripts/datasets.py",
+    "scripts/distributed.py",
+    "scripts/errors.py",
+    "scripts/hdf5.py",
+    "scripts/import_weights.py",
+    "scripts/inferers.py",
+    "scripts/metrics.py",
+    "scripts/network.py",
+    "scripts/package.py",
+    "scripts/phantom.py",
+    "scripts/profiling.py",
+    "scripts/report.py",
+    "scripts/resume.py",
+    "scripts/storage.py",
+    "scripts/subjects.py",
+    "scripts/submission.py",
+    "scripts/synthesis.py",
+    "scripts/transforms.py",
+    "scripts/weights.py",
+    "scripts/workflow.py",
+    "scripts/writers.py",
+)
 
 # what stands at the top once more: where the model zoo and Hugging Face look for it
 AT_THE_TOP = {"README.md": "docs/README.md", "metadata.json": "configs/metadata.json"}
@@ -119,7 +119,7 @@ def zipped(root: Path) -> bytes:
 
 
 def package(output_dir: str) -> None:
-    """Pack the bundle, weights included, into `infant_brain_mri_skipdenseseg_v<version>.zip` with its SHA-256 beside it.
+    """Pack the bundle, weights included, into `infant_brain_mri_skipdenseseg_v<version>.zip`, its SHA-256 beside it.
 
     The version is that of `configs/metadata.json`. What goes in is `CONTENTS`, and the model card and metadata at the
     top once more. Like content gives the same bytes.

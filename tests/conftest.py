@@ -42,9 +42,9 @@ def bundle(*arguments: str, cwd: Path = ROOT, module: str = "monai.bundle") -> s
 
 
 def copy_bundle(directory: Path) -> Path:
-    for name in ("configs", "scripts", "models"):
+    for name in ("configs", "docs", "scripts", "models"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("LICENSE", "Makefile", "requirements.txt", "requirements-dev.txt"):
         shutil.copy(ROOT / name, directory)
     return directory
 
