@@ -229,7 +229,7 @@ class HubOnLoopback(ThreadingHTTPServer):
             hub, sent = self.server, self.rfile.read(int(self.headers.get("Content-Length") or 0))
             path = self.path.partition("?")[0]
             if path == "/api/repos/create":
-                self.send({"url": "http://127.0.0.1/someone/model"})
+                self.send({"url": f"http://127.0.0.1/someone/{NAME}"})
             elif path == "/api/validate-yaml":
                 hub.cards.append(json.loads(sent)["content"])
                 self.send({"errors": [], "warnings": []})
@@ -243,16 +243,14 @@ class HubOnLoopback(ThreadingHTTPServer):
                         hub.files[change["value"]["path"]] = base64.b64decode(change["value"]["content"])
                     elif change["key"] == "deletedFile":
                         del hub.files[change["value"]["path"]]
-                self.send(
-                    {"success": True, "commitOid": self.commit, "commitUrl": "http://127.0.0.1", "hookOutput": ""}
-                )
+                url = f"http://127.0.0.1/someone/{NAME}/commit/{self.commit}"
+                self.send({"success": True, "commitOid": self.commit, "commitUrl": url, "hookOutput": ""})
             elif "/tag/" in path:
                 hub.tags.append(json.loads(sent)["tag"])
                 self.send({})
             elif "/revision/" in path and path.rpartition("/")[2] in ("main", *hub.tags):
-                self.send(
-                    {"id": "someone/model", "sha": self.commit, "siblings": [{"rfilename": n} for n in hub.files]}
-                )
+                names = [{"rfilename": name} for name in hub.files]
+                self.send({"id": f"someone/{NAME}", "sha": self.commit, "siblings": names})
             elif "/tree/" in path:
                 ids = {name: hashlib.sha1(content).hexdigest() for name, content in hub.files.items()}
                 self.send([{"type": "file", "path": n, "size": len(c), "oid": ids[n]} for n, c in hub.files.items()])
