@@ -87,14 +87,14 @@ def save_subject(
 
 
 @contextmanager
-def s3_server(**environment: str) -> Iterator[int]:
-    """A real process that speaks S3, on a port of this machine."""
+def server(arguments: str, cwd: Path = ROOT, **environment: str) -> Iterator[int]:
+    """A real process `python -m ARGUMENTS` that serves on a port of this machine, for which PORT stands in them."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        [sys.executable, "-W", "ignore", "-m", *arguments.replace("PORT", str(port)).split()],
+        cwd=cwd, env=os.environ | environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     try:
         for _ in range(600):
@@ -107,6 +107,13 @@ def s3_server(**environment: str) -> Iterator[int]:
     finally:
         process.terminate()
         process.wait(30)
+
+
+@contextmanager
+def s3_server(**environment: str) -> Iterator[int]:
+    """A server that speaks S3."""
+    with server("moto.server -H 127.0.0.1 -p PORT", **environment) as port:
+        yield port
 
 
 def server_environment(port: int) -> dict[str, str]:

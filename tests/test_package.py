@@ -7,10 +7,8 @@ import os
 import re
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
-import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ from threading import Thread
 import monai.bundle
 import pytest
 import torch
-from conftest import QUICK, ROOT, bundle, save_subject
+from conftest import QUICK, ROOT, bundle, save_subject, server
 from huggingface_hub import ModelCard
 from test_docs import blocks
 
@@ -54,24 +52,10 @@ def run_commands(commands: list[str], cwd: Path, programs: Path, **environment: 
 
 @contextmanager
 def served(dist: Path) -> Iterator[str]:
-    """The address of the web server that the page starts, a process of its own, that hands out a folder `dist`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    (line,) = page_commands("python -m http.server")
-    arguments = shlex.split(line.replace("8000", str(port)))[1:]
-    server = subprocess.Popen([sys.executable, *arguments], cwd=dist.parent, stderr=subprocess.DEVNULL)
-    try:
-        for _ in range(600):
-            try:
-                socket.create_connection(("127.0.0.1", port), 1).close()
-                break
-            except OSError:
-                time.sleep(0.1)
+    """The address of the web server that the page starts, which hands out a folder `dist`."""
+    (command,) = page_commands("python -m http.server")
+    with server(command.removeprefix("python -m ").replace("8000", "PORT"), cwd=dist.parent) as port:
         yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
 def tree(directory: Path) -> dict[str, bytes]:
