@@ -8,6 +8,7 @@ import sys
 import nibabel as nib
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from conftest import ROOT, save_volume
@@ -144,6 +145,28 @@ def test_onnx_computes_in_float32_with_windows_that_fit_it(files, monkeypatch, c
         torch.testing.assert_close(inferer(small, network), convolution()(small))
     assert "in float32 by ONNX Runtime (CPUExecutionProvider)" in caplog.text
     assert "windows of 96 x 96 x 96 over 96 x 128 x 112" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "there", "chosen"),
+    [
+        ("cuda:1", ["CUDAExecutionProvider", "CPUExecutionProvider"], ("CUDAExecutionProvider", {"device_id": 1})),
+        ("cuda:1", ["CPUExecutionProvider"], "CPUExecutionProvider"),
+        ("cpu", ["CUDAExecutionProvider", "CPUExecutionProvider"], "CPUExecutionProvider"),
+    ],
+)
+def test_onnx_is_computed_where_the_image_lies_if_onnxruntime_can(files, monkeypatch, device, there, chosen):
+    asked, real = [], onnxruntime.InferenceSession
+
+    def session(path, options, providers):
+        asked.extend(providers)
+        return real(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: there)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    ExportedNetwork(str(files / "model.onnx"), torch.device(device))
+    assert asked[0] == chosen
+    assert asked[-1] == "CPUExecutionProvider"
 
 
 def test_only_a_checkpoint_is_loaded_into_the_network(files, network):
