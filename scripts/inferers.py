@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scripts.errors import InputError
+from scripts.exported import ExportedNetwork, is_exported
 from scripts.weights import checkpoint_paths, load_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -125,6 +126,8 @@ class MixedPrecisionInferer(Inferer):
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         dtype = network_precision(inputs.device, self.precision)
+        if isinstance(network, ExportedNetwork) and network.always_float32:
+            dtype = torch.float32  # so that windows are chosen for the memory that float32 takes
         # where gradients are wanted, they are those of the network's own weights
         if isinstance(network, nn.Module) and not network.training and not torch.is_grad_enabled():
             network = folded(network)
@@ -212,10 +215,11 @@ class AveragingInferer(Inferer):
         inferer: what runs a network.
         checkpoints: as `scripts.weights.checkpoint_paths` takes them. If one, the network is taken as it is given; if
             several, it only says the architecture, and a copy of it is loaded with each when the first volume comes.
+            Exported networks are loaded then too, and say their architecture themselves.
         flips: whether to average over the mirror images along each set of axes, eight of a volume, each turned back.
 
     Raises:
-        InputError: `flips` isn't a bool; when called, as `checkpoint_paths` and `load_weights`.
+        InputError: `flips` isn't a bool; when called, as `checkpoint_paths`, `load_weights` and `ExportedNetwork`.
     """
 
     def __init__(self, inferer: Inferer, checkpoints: str | Sequence[str], flips: bool = False) -> None:
@@ -225,17 +229,19 @@ class AveragingInferer(Inferer):
         self.inferer = inferer
         self.checkpoints = checkpoints
         self.flips = flips
-        self.loaded: list[nn.Module] = []
+        self.loaded: list[nn.Module | ExportedNetwork] = []
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
-        networks = self.networks(network)
+        networks = self.networks(network, inputs.device)
         axes = range(2, inputs.ndim) if self.flips else ()
         if len(networks) == 1 and not axes:
             return self.inferer(inputs, networks[0], *args, **kwargs)
 
-        def probabilities(inputs: torch.Tensor, network: nn.Module, axes: Sequence[int]) -> torch.Tensor:
+        def probabilities(
+            inputs: torch.Tensor, network: nn.Module | ExportedNetwork, axes: Sequence[int]
+        ) -> torch.Tensor:
             """The mean over the mirror images along the axes.
 
             They are added in pairs, so that those of a mirrored volume give the mirrored mean to the last bit.
@@ -253,15 +259,21 @@ class AveragingInferer(Inferer):
         # a probability too small for float32 is 0, and a grid can't be changed where a logit is infinite
         return mean.div_(len(networks)).clamp_(min=torch.finfo(mean.dtype).tiny).log_()
 
-    def networks(self, network: nn.Module) -> list[nn.Module]:
-        """The given network if there is one checkpoint, else those of the checkpoints, loaded the first time."""
+    def networks(self, network: nn.Module, device: torch.device) -> list[nn.Module | ExportedNetwork]:
+        """The given network if there is one checkpoint of it, else those of the files, loaded the first time."""
         paths = checkpoint_paths(self.checkpoints)
-        if len(paths) == 1:
+        if len(paths) == 1 and not is_exported(paths[0]):
             return [network]
         if not self.loaded:
-            loaded = [copy.deepcopy(network) for _ in paths]
-            for each, path in zip(loaded, paths, strict=True):
-                load_weights(each, path)
-            self.loaded = loaded
-            logger.info("average of %d networks: %s", len(paths), ", ".join(paths))
+            self.loaded = [self.load(path, network, device) for path in paths]
+            if len(paths) > 1:
+                logger.info("average of %d networks: %s", len(paths), ", ".join(paths))
         return self.loaded
+
+    def load(self, path: str, network: nn.Module, device: torch.device) -> nn.Module | ExportedNetwork:
+        """The network of a file: an exported one, or a copy of the given one with the weights of a checkpoint."""
+        if is_exported(path):
+            return ExportedNetwork(path, device)
+        own = copy.deepcopy(network)
+        load_weights(own, path)
+        return own

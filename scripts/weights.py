@@ -14,6 +14,7 @@ from ignite.engine import Engine, Events
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError
+from scripts.exported import is_exported
 from scripts.writers import whole_files
 
 
@@ -77,7 +78,7 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
 
 
 def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
-    """The files that the setting `checkpoints` names.
+    """The files that the setting `checkpoints` names, checkpoints or exported networks.
 
     Args:
         checkpoints: a path, or a pattern such as `cv/fold-*/model.pt` for all that fit it, sorted, or a list of these.
@@ -109,7 +110,8 @@ class WeightsLoader:
     """Handler that loads a checkpoint by `load_weights` when the engine starts: the first, if several are named.
 
     Args:
-        checkpoints: as `checkpoint_paths` takes them; `scripts.inferers.AveragingInferer` loads the others.
+        checkpoints: as `checkpoint_paths` takes them; `scripts.inferers.AveragingInferer` loads the others, and
+            exported networks wherever they stand.
         network: takes the weights.
 
     Raises:
@@ -121,9 +123,12 @@ class WeightsLoader:
         self.network = network
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(
-            Events.STARTED, lambda: load_weights(self.network, checkpoint_paths(self.checkpoints)[0])
-        )
+        engine.add_event_handler(Events.STARTED, self.load)
+
+    def load(self) -> None:
+        first = checkpoint_paths(self.checkpoints)[0]
+        if not is_exported(first):
+            load_weights(self.network, first)
 
 
 def _write(network: torch.nn.Module, path: Path) -> None:
