@@ -17,7 +17,7 @@ from scripts.writers import BackgroundWriter, result_path, write_map
 class Probabilitiesd(Transform):
     """Add the class probabilities, `probabilities`, to a dict with `pred` and `t1` on the subject's own grid.
 
-    Shapes: `pred`, logits (4, X, Y, Z), and `t1`, intensities (1, X, Y, Z), which both stay -> float32 (4, X, Y, Z) from
+    Shapes: `pred`, logits (4, X, Y, Z), and `t1`, intensities (1, X, Y, Z), both unchanged -> float32 (4, X, Y, Z) from
     0 to 1, which sum to 1 over the classes. Where T1 is 0 it is background for certain, as in the label.
     """
 

@@ -121,9 +121,10 @@ class WeightsLoader:
         self.network = network
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(
-            Events.STARTED, lambda: load_weights(self.network, checkpoint_paths(self.checkpoints)[0])
-        )
+        engine.add_event_handler(Events.STARTED, self.load)
+
+    def load(self) -> None:
+        load_weights(self.network, checkpoint_paths(self.checkpoints)[0])
 
 
 def _write(network: torch.nn.Module, path: Path) -> None:

@@ -140,8 +140,8 @@ def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
 
     Yields:
         A dict with `subject` (id), `t1` (intensities), `pred` and `label` (0 background, 1 CSF, 2 GM, 3 WM), the three
-        as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none. Where they
-        are asked for, `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z) by `scripts.probabilities` as well.
+        as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none. Where
+        asked for also `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z), see `scripts.probabilities`.
     """
     for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
         yield {**batch, **output}
