@@ -81,7 +81,8 @@ class Segmenter:
             if name in OF_THE_COMMAND:
                 raise InputError(f"{name}: is a setting of the command, which reads and writes folders; leave it out")
         config.update({"bundle_root": str(ROOT), "probabilities": True, **settings})
-        with _bare_input_errors():
+        # a new network draws its weights at random, which the checkpoint then replaces
+        with _bare_input_errors(), torch.random.fork_rng(devices=[]):
             self.device = torch.device(config.get_parsed_content("device"))
             self.network: torch.nn.Module = config.get_parsed_content("network").eval()
             self.preprocessing = config.get_parsed_content("preprocessing")
