@@ -1,4 +1,5 @@
 import copy
+import inspect
 import re
 
 import nibabel as nib
@@ -240,7 +241,7 @@ def test_uncertainty_is_higher_where_the_label_of_a_phantom_is_wrong(uncertainty
     assert_higher_where_wrong(result.uncertainty, result.label, label, ratio=2, area=0.8)
 
 
-@pytest.mark.parametrize("name", ["probabilities", "uncertainty", "dropout_samples"])
-def test_page_names_the_settings(name):
-    assert f"`{name}`" in (ROOT / "docs" / "probabilities_and_uncertainty.md").read_text()
-    assert name in ConfigParser.load_config_file(ROOT / "configs" / "inference.json")
+def test_page_states_the_number_of_dropout_samples_that_is_used():
+    samples = ConfigParser.load_config_file(ROOT / "configs" / "inference.json")["dropout_samples"]
+    assert f"`dropout_samples` ({samples})" in (ROOT / "docs" / "probabilities_and_uncertainty.md").read_text()
+    assert inspect.signature(AveragingInferer).parameters["dropout_samples"].default == samples
