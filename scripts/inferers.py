@@ -267,11 +267,12 @@ class AveragingInferer(Inferer):
             raise InputError(f"--uncertainty {uncertainty}: must be None, {', '.join(UNCERTAINTIES)}")
         if isinstance(dropout_samples, bool) or not isinstance(dropout_samples, int) or dropout_samples < 1:
             raise InputError(f"--dropout_samples {dropout_samples}: must be a whole number of at least 1")
-        self.inferer = inferer
-        self.checkpoints = checkpoints
-        self.flips = flips or uncertainty == "flips"
+        flips = flips or uncertainty == "flips"
         self.dropout_samples = dropout_samples if uncertainty == "dropout" else 0
         self.seed = seed
+        self.inferer = inferer
+        self.checkpoints = checkpoints
+        self.flips = flips
         self.loaded: list[nn.Module] = []
 
     def __call__(
