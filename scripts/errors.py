@@ -10,7 +10,7 @@ class InputError(ValueError):
     """Something given from outside can't be used. The message is one line: what, what is wrong with it, what to do."""
 
 
-def _input_error_in(error: BaseException | None) -> InputError | None:
+def input_error_in(error: BaseException | None) -> InputError | None:
     """The InputError that `error` is or was raised from, if any: MONAI wraps what its components raise."""
     while error is not None and not isinstance(error, InputError):
         error = error.__cause__ or error.__context__
@@ -18,7 +18,7 @@ def _input_error_in(error: BaseException | None) -> InputError | None:
 
 
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    input_error = _input_error_in(error)
+    input_error = input_error_in(error)
     if input_error is None:
         sys.__excepthook__(kind, error, traceback)
     else:
@@ -37,5 +37,5 @@ class InputErrorsPass:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.let_out)
 
     def let_out(self, error: Exception) -> None:
-        if _input_error_in(error):
+        if input_error_in(error):
             raise error

@@ -3,7 +3,8 @@
 import copy
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from scripts.weights import checkpoint_paths, load_weights
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {name: getattr(torch, name) for name in ("channels_last_3d", "contiguous_format")}
+# what the uncertainty of a label may be taken from, see `AveragingInferer`
+UNCERTAINTIES = ("network", "flips", "dropout")
 
 # Memory of a forward pass for each voxel of a window, in bytes: the most measured over volumes of 128^3 and more, on a
 # processor without AVX-512, where convolutions need the most beside their results. Half precision halves it.
@@ -204,12 +207,37 @@ class LargestWindowInferer(SlidingWindowInferer):
         return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)
 
 
+def with_dropout(network: Callable[..., torch.Tensor]) -> nn.Module:
+    """A copy of a network in evaluation mode whose dropout layers, and they alone, drop features as in training.
+
+    Raises:
+        InputError: there is no dropout layer that drops anything, as in an exported network.
+    """
+    if isinstance(network, nn.Module) and any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules()):
+        network = copy.deepcopy(network)
+        for module in network.modules():
+            module.training = isinstance(module, nn.Dropout)
+        return network
+    raise InputError(
+        "--uncertainty dropout: this network has no dropout; use flips, or a checkpoint (.pt) of a network with dropout"
+    )
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """A block in which torch draws from a seed on the CPU and the device; afterwards it goes on as if nothing was."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 class AveragingInferer(Inferer):
     """Average what several networks and mirror images of the volume say, around an inferer that runs one network.
 
     Called with (B, C, X, Y, Z) and a network, it returns logits, float32 (B, classes, X, Y, Z): the logarithm of the
     mean of the class probabilities, by which a grid is changed and labels are chosen as by those of one network. With
-    one checkpoint and no flips they are those of the inferer, unchanged. For evaluation only: it works in place.
+    one checkpoint, no flips and no dropout they are those of the inferer, unchanged. For evaluation only: it works in
+    place.
 
     Args:
         inferer: what runs a network.
@@ -217,15 +245,35 @@ class AveragingInferer(Inferer):
             several, it only says the architecture, and a copy of it is loaded with each when the first volume comes.
             Exported networks are loaded then too, and say their architecture themselves.
         flips: whether to average over the mirror images along each set of axes, eight of a volume, each turned back.
+        uncertainty: what besides is averaged over, for the entropy of the mean (see `scripts.probabilities`): nothing
+            (None or 'network'), the mirror images ('flips'), or passes whose dropout layers drop at random ('dropout').
+        dropout_samples: the passes of each network with dropout.
+        seed: for dropout; each volume is begun with it, so that its logits don't depend on those before it.
 
     Raises:
-        InputError: `flips` isn't a bool; when called, as `checkpoint_paths`, `load_weights` and `ExportedNetwork`.
+        InputError: `flips` isn't a bool, `uncertainty` or `dropout_samples` something else; when called, as
+            `checkpoint_paths`, `load_weights`, `ExportedNetwork` and `with_dropout`.
     """
 
-    def __init__(self, inferer: Inferer, checkpoints: str | Sequence[str], flips: bool = False) -> None:
+    def __init__(
+        self,
+        inferer: Inferer,
+        checkpoints: str | Sequence[str],
+        flips: bool = False,
+        uncertainty: str | None = None,
+        dropout_samples: int = 10,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         if not isinstance(flips, bool):  # the text 'false' would count as true
             raise InputError(f"--flips {flips}: must be True or False")
+        if uncertainty not in (None, *UNCERTAINTIES):
+            raise InputError(f"--uncertainty {uncertainty}: must be None, {', '.join(UNCERTAINTIES)}")
+        if isinstance(dropout_samples, bool) or not isinstance(dropout_samples, int) or dropout_samples < 1:
+            raise InputError(f"--dropout_samples {dropout_samples}: must be a whole number of at least 1")
+        flips = flips or uncertainty == "flips"
+        self.dropout_samples = dropout_samples if uncertainty == "dropout" else 0
+        self.seed = seed
         self.inferer = inferer
         self.checkpoints = checkpoints
         self.flips = flips
@@ -236,7 +284,9 @@ class AveragingInferer(Inferer):
     ) -> torch.Tensor:
         networks = self.networks(network, inputs.device)
         axes = range(2, inputs.ndim) if self.flips else ()
-        if len(networks) == 1 and not axes:
+        if self.dropout_samples:
+            networks = [with_dropout(each) for each in networks] * self.dropout_samples
+        if len(networks) == 1 and not axes and not self.dropout_samples:
             return self.inferer(inputs, networks[0], *args, **kwargs)
 
         def probabilities(
@@ -253,9 +303,10 @@ class AveragingInferer(Inferer):
             mean += probabilities(inputs.flip(axis), network, others).flip(axis)
             return mean.div_(2)
 
-        mean = probabilities(inputs, networks[0], axes)
-        for other in networks[1:]:
-            mean += probabilities(inputs, other, axes)
+        with own_randomness(self.seed, inputs.device):
+            mean = probabilities(inputs, networks[0], axes)
+            for other in networks[1:]:
+                mean += probabilities(inputs, other, axes)
         # a probability too small for float32 is 0, and a grid can't be changed where a logit is infinite
         return mean.div_(len(networks)).clamp_(min=torch.finfo(mean.dtype).tiny).log_()
 

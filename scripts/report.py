@@ -19,6 +19,8 @@ from scripts.writers import BackgroundWriter, result_path, whole_files
 
 TISSUE_COLORS = {Tissue.CSF: "#3b82f6", Tissue.GM: "#22c55e", Tissue.WM: "#facc15"}
 DISAGREEMENT_COLOR = "#ef4444"
+# told apart without colour vision: it brightens evenly
+UNCERTAINTY_COLORS = "inferno"
 
 
 def _canonical(values: MetaTensor) -> np.ndarray:
@@ -34,7 +36,11 @@ def _slices(values: np.ndarray, centre: np.ndarray) -> list[np.ndarray]:
 
 
 def segmentation_picture(
-    t1: MetaTensor, prediction: MetaTensor, label: MetaTensor | None = None, title: str = ""
+    t1: MetaTensor,
+    prediction: MetaTensor,
+    label: MetaTensor | None = None,
+    title: str = "",
+    uncertainty: MetaTensor | None = None,
 ) -> Figure:
     """Slices through the middle of the brain: T1, T1 with the segmentation, and with the label where there is one.
 
@@ -43,6 +49,7 @@ def segmentation_picture(
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
         label: the true labels likewise; a last column then marks the voxels where the two disagree.
         title: stands above the picture.
+        uncertainty: from 0 to 1 likewise, as `scripts.probabilities` has it; a column shows it inside the brain.
     """
     t1_values, segmented = _canonical(t1), _canonical(prediction)
     brain = np.argwhere(t1_values > 0)
@@ -59,6 +66,8 @@ def segmentation_picture(
     if label is not None:
         truth = _canonical(label)[box]
         overlays |= {"label": truth, "disagreement": truth != segmented[box]}
+    if uncertainty is not None:
+        overlays["uncertainty"] = np.ma.masked_array(_canonical(uncertainty)[box], t1_values[box] <= 0)
     figure = Figure(figsize=(3.2 * len(overlays), 10), layout="constrained", facecolor="black")
     grey = _slices(t1_values[box], centre)
     heights = [aspect * slice_.shape[0] / slice_.shape[1] for slice_, aspect in zip(grey, aspects, strict=True)]
@@ -75,6 +84,9 @@ def segmentation_picture(
             if overlay is None:
                 continue
             marks = _slices(overlay, centre)[row]
+            if name == "uncertainty":
+                shades = axis.imshow(marks, cmap=UNCERTAINTY_COLORS, vmin=0, vmax=1, origin="lower", aspect=aspect)
+                continue
             marks = np.ma.masked_equal(marks, 0)
             if name == "disagreement":
                 axis.imshow(marks, cmap=ListedColormap([DISAGREEMENT_COLOR]), origin="lower", aspect=aspect)
@@ -90,6 +102,10 @@ def segmentation_picture(
         facecolor="black",
         labelcolor="white",
     )
+    if uncertainty is not None:
+        bar = figure.colorbar(shades, ax=axes[:, -1], shrink=0.6, label="0: certain, 1: all classes equally probable")
+        bar.ax.tick_params(colors="white")
+        bar.ax.yaxis.label.set_color("white")
     figure.suptitle(title, color="white")
     return figure
 
@@ -113,7 +129,7 @@ class PictureSaver(BackgroundWriter):
 
     def write(self, item: dict[str, Any]) -> None:
         subject, label = item["subject"], item.get("label")
-        figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}")
+        figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}", item.get("uncertainty"))
         path = result_path(self.output_dir, item, "label" if label is None else "scored", ".png")
         with whole_files(path.parent) as temporary:
             figure.savefig(temporary / path.name, dpi=80, facecolor="black")

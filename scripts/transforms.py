@@ -1,6 +1,5 @@
 """From the files of a subject to what the network takes: load, check, normalise."""
 
-import os
 from collections.abc import Hashable, Mapping
 from enum import IntEnum
 from typing import Any
@@ -24,6 +23,12 @@ class Tissue(IntEnum):
     WM = 3
 
 
+class VolumeInMemory(str):
+    """A nibabel image in place of a path; as text it is what messages call it, such as 'T1'."""
+
+    image: nib.spatialimages.SpatialImage
+
+
 # label values in iSeg files; their places are the labels in memory: background, CSF, GM, WM
 ISEG_VALUES = (0, 10, 150, 250)
 # affine of an iSeg volume, LAS and 1 mm, up to its origin; HDF5 files have none of their own
@@ -45,7 +50,7 @@ def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
         InputError: the file can't be read whole, isn't a 3-D volume, or has NaN or infinite values.
     """
     try:
-        image = nib.load(path, mmap=False)
+        image = path.image if isinstance(path, VolumeInMemory) else nib.load(path, mmap=False)
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
     except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
         reason = " ".join(str(error).split())
@@ -168,7 +173,7 @@ def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTenso
         MetaKeys.ORIGINAL_AFFINE: affine,
         MetaKeys.SPATIAL_SHAPE: np.array(values.shape[1:]),
         MetaKeys.SPACE: SpaceKeys.RAS,
-        "filename_or_obj": os.fspath(path),
+        "filename_or_obj": str(path),
     }
     return MetaTensor(torch.from_numpy(values), affine=torch.from_numpy(affine), meta=meta)
 

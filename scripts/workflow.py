@@ -94,6 +94,13 @@ def require_whole_numbers(least: int, **settings: int) -> None:
             raise InputError(f"--{name} {value}: must be a whole number of at least {least}")
 
 
+def require_true_or_false(**settings: bool) -> None:
+    """Refuse settings, given by name, that are neither; the text 'false' would count as true. Raises InputError."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise InputError(f"--{name} {value}: must be True or False")
+
+
 def require_training_settings(network: torch.nn.Module, patch_size: Sequence[int], **whole_numbers: int) -> None:
     """Refuse settings that can't train before anything is loaded.
 

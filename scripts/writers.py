@@ -119,12 +119,29 @@ def write_label(path: str | Path, label: np.ndarray, t1_path: str) -> None:
         nib.save(image, temporary / path.name)
 
 
+def write_map(path: str | Path, values: np.ndarray, t1_path: str) -> None:
+    """Write values so that they open beside the T1: same shape (a fourth dimension included) and affine.
+
+    Args:
+        path: `.nii.gz` or `.nii`.
+        values: float32 (X, Y, Z) on the grid of the T1 file.
+        t1_path: the T1 file.
+    """
+    path = Path(path)
+    t1 = nib.load(t1_path)
+    image = nib.Nifti1Image(values.reshape(t1.shape), t1.affine)
+    image.header.set_xyzt_units("mm")
+    with whole_files(path.parent) as temporary:
+        nib.save(image, temporary / path.name)
+
+
 def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
     """What an evaluator has at hand of each subject of its present batch, for handlers at ITERATION_COMPLETED.
 
     Yields:
         A dict with `subject` (id), `t1` (intensities), `pred` and `label` (0 background, 1 CSF, 2 GM, 3 WM), the three
-        as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none.
+        as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none. Where
+        asked for also `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z), see `scripts.probabilities`.
     """
     for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
         yield {**batch, **output}

@@ -3,7 +3,7 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 
-from scripts.report import DISAGREEMENT_COLOR, segmentation_picture
+from scripts.report import DISAGREEMENT_COLOR, UNCERTAINTY_COLORS, segmentation_picture
 
 
 def pixels(figure) -> np.ndarray:
@@ -73,3 +73,22 @@ def test_voxels_that_are_not_cubes_keep_the_shape_of_the_brain():
     t1, label = volumes(np.diag([1.0, 1.0, 2.0, 1.0]))
     axes = segmentation_picture(t1, label).axes
     assert [axis.get_aspect() for axis in axes[::2]] == [1.0, 2.0, 2.0]
+
+
+def test_column_of_the_uncertainty_with_its_scale():
+    t1, label = volumes(np.eye(4))
+    t1[0, :5] = 0
+    uncertainty = MetaTensor(torch.full(t1.shape, 0.25), affine=t1.affine)
+    figure = segmentation_picture(t1, label, label, uncertainty=uncertainty)
+    titles = [axis.get_title() for axis in figure.axes if axis.get_title()]
+    assert titles == ["T1", "segmentation", "label", "disagreement", "uncertainty"]
+    bar = figure.axes[-1]
+    assert "0: certain" in bar.get_ylabel()
+    assert bar.get_ylim() == (0, 1)
+    shown = figure.axes[4].images[1]
+    assert shown.get_clim() == (0, 1)
+    # nothing outside the brain, which the picture is cut to
+    assert shown.get_array().shape == (30, 15)
+    assert set(shown.get_array().compressed().tolist()) == {0.25}
+    color = np.array(matplotlib.colormaps[UNCERTAINTY_COLORS](0.25)[:3])
+    assert (np.abs(pixels(figure) - color).max(axis=-1) < 0.02).any()

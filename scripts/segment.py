@@ -1,0 +1,173 @@
+"""Segment a subject from Python: `from scripts.segment import segment`."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.bundle import ConfigParser
+from monai.data import MetaTensor
+from nibabel.spatialimages import SpatialImage
+from numpy.typing import ArrayLike
+
+from scripts.errors import InputError, input_error_in
+from scripts.metrics import tissue_volumes
+from scripts.transforms import VolumeInMemory
+from scripts.weights import WeightsLoader
+from scripts.workflow import unknown_setting
+
+ROOT = Path(__file__).parents[1]
+# what of configs/inference.json is about the files of the command
+OF_THE_COMMAND = {
+    *("bundle_root", "dataset_dir", "local_dataset_dir", "output_dir", "local_output_dir", "subjects", "label_suffix"),
+    *("probabilities", "rank", "dataset", "dataloader", "handlers", "evaluator", "initialize", "run"),
+}
+
+
+@contextmanager
+def _bare_input_errors() -> Iterator[None]:
+    """Raise an InputError as it is where MONAI, as always, wraps it in a RuntimeError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if input_error := input_error_in(error):
+            raise input_error from None
+        raise
+
+
+@dataclass(frozen=True, eq=False)
+class Segmentation:
+    """What is said of a subject, on the grid of its T1.
+
+    Attributes:
+        label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, in the order of the axes of the T1; 0 where T1 is 0.
+        volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, as `scripts.metrics.tissue_volumes` has them.
+        probabilities: float32 (4, X, Y, Z) of background, CSF, GM and WM, which sum to 1.
+        affine: 4 x 4, from voxels to RAS mm, that of the T1.
+        uncertainty: float32 (X, Y, Z) from 0 to 1 as `scripts.probabilities.PredictiveEntropyd` has it, or None if the
+            setting `uncertainty` doesn't ask for it.
+    """
+
+    label: np.ndarray
+    volumes: dict[str, float]
+    probabilities: np.ndarray
+    affine: np.ndarray
+    uncertainty: np.ndarray | None
+
+
+class Segmenter:
+    """Segments subjects as configs/inference.json does, one after the other with a network that is loaded once.
+
+    Nothing of the calling process is changed: neither seeds nor logging nor how errors look.
+
+    Args:
+        settings: those of configs/inference.json that aren't about files: `checkpoints`, `ckpt_dir`, `flips`,
+            `uncertainty`, `precision`, `window_size`, `device` and so on.
+
+    Raises:
+        InputError: a setting isn't known or can't be, or as `scripts.weights.WeightsLoader`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "inference.json"))
+        for name in settings:
+            if hint := unknown_setting(name, config):
+                raise InputError(f"{name}: no such setting; {hint.replace('--', '')}")
+            if name in OF_THE_COMMAND:
+                raise InputError(f"{name}: is a setting of the command, which reads and writes folders; leave it out")
+        config.update({"bundle_root": str(ROOT), "probabilities": True, **settings})
+        # a new network draws its weights at random, which the checkpoint then replaces
+        with _bare_input_errors(), torch.random.fork_rng(devices=[]):
+            self.device = torch.device(config.get_parsed_content("device"))
+            self.network: torch.nn.Module = config.get_parsed_content("network").eval()
+            self.preprocessing = config.get_parsed_content("preprocessing")
+            self.inferer = config.get_parsed_content("inferer")
+            self.postprocessing = config.get_parsed_content("postprocessing")
+            WeightsLoader(config.get_parsed_content("checkpoints"), self.network).load()
+
+    def __call__(
+        self,
+        t1: str | os.PathLike[str] | SpatialImage | ArrayLike,
+        t2: str | os.PathLike[str] | SpatialImage | ArrayLike,
+        affine: ArrayLike | None = None,
+    ) -> Segmentation:
+        """Segment a subject; see `segment`."""
+        volumes = [_volume(volume, affine, name) for volume, name in ((t1, "T1"), (t2, "T2"))]
+        with _bare_input_errors():
+            subject = self.preprocessing({"image": volumes})
+            with torch.no_grad():
+                logits = self.inferer(subject["image"].as_tensor()[None].to(self.device), self.network)
+            result = self.postprocessing(subject | {"pred": MetaTensor(logits[0])})
+        label, probabilities, uncertainty = (
+            result[name].as_tensor().cpu().numpy() if name in result else None
+            for name in ("pred", "probabilities", "uncertainty")
+        )
+        return Segmentation(
+            label=label[0],
+            volumes=tissue_volumes(result["pred"]),
+            probabilities=probabilities,
+            affine=result["t1"].affine.numpy(),
+            uncertainty=None if uncertainty is None else uncertainty[0],
+        )
+
+
+def segment(
+    t1: str | os.PathLike[str] | SpatialImage | ArrayLike,
+    t2: str | os.PathLike[str] | SpatialImage | ArrayLike,
+    affine: ArrayLike | None = None,
+    **settings: Any,
+) -> Segmentation:
+    """Segment a subject; the label is, voxel for voxel, that of the command with the same settings.
+
+    For many subjects make one `Segmenter`, and call it as this function without settings.
+
+    Args:
+        t1, t2: skull-stripped (0 outside the brain) and on one grid: paths (`.hdr`, `.nii`, `.nii.gz`), nibabel images,
+            or arrays (X, Y, Z).
+        affine: of arrays, and only of these: 4 x 4, from voxels to RAS mm, which says orientation and voxel size.
+        settings: as `Segmenter` takes them.
+
+    Raises:
+        InputError: as `Segmenter`, `scripts.transforms.LoadSubjectd` and `NormalizeByT1Maskd`, or an array comes
+            without an affine or the reverse.
+    """
+    return Segmenter(**settings)(t1, t2, affine)
+
+
+def _volume(volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str) -> str:
+    """A volume as `scripts.transforms.LoadSubjectd` takes it; `name` is what messages call it if it has no path."""
+    in_memory = not isinstance(volume, str | os.PathLike)
+    if in_memory and not isinstance(volume, SpatialImage):
+        volume = _image(volume, affine, name)
+    elif affine is not None:
+        raise InputError(
+            f"affine: is for arrays, and the {name} is a file or an image with one of its own; leave it out"
+        )
+    if not in_memory:
+        path = os.fspath(volume)
+        if path.endswith(".h5"):
+            raise InputError(f"{path}: lacks the scan and its grid; give T1 and T2 images")
+        return path
+    if volume.affine is None:
+        raise InputError(f"{name}: the image has no affine; make it with one")
+    named = VolumeInMemory(volume.get_filename() or name)
+    named.image = volume
+    return named
+
+
+def _image(values: ArrayLike, affine: ArrayLike | None, name: str) -> nib.Nifti1Image:
+    """An array and its affine as an image."""
+    if affine is None:
+        raise InputError(f"{name}: is an array, which has no grid of its own; give the 4 x 4 affine of the T1 as well")
+    try:
+        matrix, values = np.asarray(affine, dtype=np.float64), np.asarray(values, dtype=np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{name}: isn't a path, an image or an array of numbers with an affine ({error})") from error
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or np.linalg.det(matrix) == 0:
+        raise InputError("affine: must be a 4 x 4 matrix, from voxels to RAS mm, that can be inverted")
+    return nib.Nifti1Image(values, matrix)

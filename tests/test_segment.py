@@ -1,0 +1,207 @@
+import logging
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, save_subject
+from monai.bundle import ConfigWorkflow
+
+from scripts.errors import InputError
+from scripts.segment import Segmentation, Segmenter, segment
+from scripts.transforms import Tissue
+from scripts.writers import read_csv
+
+PAGE = (ROOT / "docs" / "from_python.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
+# no padding to the size of a training patch, so that the tests are quick
+SMALL = {"patch_size": [32, 32, 32]}
+
+
+def same(first: Segmentation, second: Segmentation) -> bool:
+    return all(np.array_equal(getattr(first, name), getattr(second, name)) for name in ("label", "probabilities"))
+
+
+@pytest.fixture(scope="module")
+def arrays(brains) -> list[np.ndarray]:
+    """T1 and T2 of a part of a brain with an edge: 32 x 40 x 32 voxels."""
+    return [brains[1][kind][14:46, :40, 16:48] for kind in ("T1", "T2")]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory, arrays) -> list[Path]:
+    directory = tmp_path_factory.mktemp("small")
+    save_subject(directory, "11", dict(zip(("T1", "T2"), arrays, strict=True)), labeled=False)
+    return [directory / f"subject-11-{kind}.hdr" for kind in ("T1", "T2")]
+
+
+@pytest.fixture(scope="module")
+def segmenter() -> Segmenter:
+    return Segmenter(**SMALL)
+
+
+@pytest.fixture(scope="module")
+def segmented(segmenter, paths) -> Segmentation:
+    return segmenter(*paths)
+
+
+def test_label_and_volumes_are_those_of_the_command(paths, segmented, tmp_path):
+    workflow = ConfigWorkflow(
+        str(ROOT / "configs" / "inference.json"), workflow_type="infer", logging_file=False, bundle_root=str(ROOT),
+        dataset_dir=str(paths[0].parent), output_dir=str(tmp_path), **SMALL,
+    )  # fmt: skip
+    workflow.initialize()
+    workflow.run()
+    written = np.asarray(nib.load(tmp_path / "subject-11-label.nii.gz").dataobj)[..., 0]
+    assert segmented.label.dtype == np.uint8
+    np.testing.assert_array_equal(segmented.label, written)
+    (row,) = read_csv(tmp_path / "volumes.csv")
+    assert row.pop("subject") == "11"
+    assert {name: float(value) for name, value in row.items()} == segmented.volumes
+
+
+def test_probabilities_sum_to_one_and_their_highest_is_the_label(segmented, arrays):
+    assert segmented.probabilities.shape == (1 + len(Tissue), *segmented.label.shape)
+    assert segmented.probabilities.dtype == np.float32
+    np.testing.assert_allclose(segmented.probabilities.sum(0), 1, atol=1e-6)
+    np.testing.assert_array_equal(segmented.probabilities.argmax(0), segmented.label)
+    assert (segmented.probabilities[0, arrays[0] == 0] == 1).all()
+    np.testing.assert_array_equal(segmented.affine, LAS)
+    assert segmented.uncertainty is None
+
+
+def test_files_images_and_arrays_give_the_same(segmenter, segmented, paths, arrays):
+    images = [nib.load(path) for path in paths]
+    in_memory = [nib.Nifti1Image(values, LAS) for values in arrays]
+    for given in (map(str, paths), images, in_memory, (paths[0], in_memory[1])):
+        assert same(segmenter(*given), segmented)
+    assert same(segmenter(*arrays, affine=LAS), segmented)
+    assert same(segmenter(*map(torch.from_numpy, arrays), LAS.tolist()), segmented)
+
+
+def test_arrays_on_another_grid_come_back_on_it(segmenter, segmented, arrays):
+    """Axes turned: the same labels; voxels of half the size along one axis: nearly."""
+    size = arrays[0].shape[0]
+    turned_affine = np.array([[0, 0, 1, 1 - size], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    turned = segmenter(*(values[::-1].transpose(2, 1, 0) for values in arrays), affine=turned_affine)
+    np.testing.assert_array_equal(turned.label.transpose(2, 1, 0)[::-1], segmented.label)
+    np.testing.assert_array_equal(turned.affine, turned_affine)
+    assert turned.volumes == segmented.volumes
+
+    finer = segmenter(*(np.repeat(values, 2, axis=2) for values in arrays), affine=np.diag([-1, 1, 0.5, 1]))
+    assert finer.label.shape == (*segmented.label.shape[:2], 2 * segmented.label.shape[2])
+    np.testing.assert_allclose(finer.probabilities.sum(0), 1, atol=1e-6)
+    np.testing.assert_array_equal(finer.probabilities.argmax(0), finer.label)
+    brain = segmented.label > 0
+    assert (finer.label[..., ::2] == segmented.label)[brain].mean() > 0.85
+    assert finer.volumes["brain_ml"] == pytest.approx(segmented.volumes["brain_ml"], rel=0.05)
+
+
+def test_settings_are_those_of_the_config(segmented, paths, tmp_path):
+    flipped = segment(*paths, flips=True, **SMALL)
+    assert 0 < (flipped.label != segmented.label).mean() < 0.1
+    shutil.copy(ROOT / "models" / "model.pt", tmp_path)
+    assert same(segment(*paths, ckpt_dir=str(tmp_path), device="cpu", **SMALL), segmented)
+    assert segment(*paths, uncertainty="network", **SMALL).uncertainty.shape == segmented.label.shape
+
+
+def test_the_process_is_left_as_it_was(paths, capfd, caplog, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    hook, handlers, level = sys.excepthook, list(logging.getLogger().handlers), logging.getLogger().level
+    random.seed(1), torch.manual_seed(1)
+    expected = random.random(), torch.rand(1)
+    random.seed(1), torch.manual_seed(1)
+    with caplog.at_level(logging.INFO):
+        segment(*paths, uncertainty="dropout", dropout_samples=2, **SMALL)
+    assert (random.random(), torch.rand(1)) == expected
+    assert (sys.excepthook, logging.getLogger().handlers, logging.getLogger().level) == (hook, handlers, level)
+    assert capfd.readouterr() == ("", "")
+    assert any("one pass over" in message for message in caplog.messages)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"checkpoint": "x.pt"}, "checkpoint: no such setting; did you mean checkpoints?"),
+        ({"output_dir": "x"}, "output_dir: is a setting of the command"),
+        ({"flips": "yes"}, "--flips yes: must be True or False"),
+        ({"uncertainty": "some"}, "--uncertainty some: must be None, network, flips, dropout"),
+        ({"ckpt_dir": "nowhere"}, "nowhere/model.pt: no such checkpoint"),
+        ({"precision": "half"}, "--precision half: must be auto"),
+    ],
+)
+def test_settings_that_can_not_be(settings, message, paths):
+    with pytest.raises(InputError, match=re.escape(message)):
+        segment(*paths, **settings)
+
+
+ONES = np.ones((5, 6, 7))
+IMAGE = nib.Nifti1Image(ONES, LAS)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("nowhere-T1.nii", "nowhere-T2.nii"), "nowhere-T1.nii: can't be read"),
+        ((ONES, ONES), "T1: is an array, which has no grid of its own; give the 4 x 4 affine"),
+        ((ONES, ONES, np.eye(3)), "affine: must be a 4 x 4 matrix"),
+        ((ONES, ONES, np.zeros((4, 4))), "affine: must be a 4 x 4 matrix"),
+        ((IMAGE, IMAGE, LAS), "affine: is for arrays, and the T1 is a file or an image"),
+        ((ONES, ONES[:4], LAS), "T2: shape (4, 6, 7) differs from (5, 6, 7) of T1"),
+        ((IMAGE, nib.Nifti1Image(ONES, np.eye(4))), "T2: its affine differs from that of T1"),
+        ((ONES * np.nan, ONES, LAS), "T1: has NaN or infinite values"),
+        ((ONES[0], ONES[0], LAS), "T1: shape (6, 7) isn't a 3-D volume"),
+        ((ONES * 0, ONES, LAS), "T1: T1 is nowhere above 0"),
+        ((ONES, ONES, LAS), "T1: the T1 of this subject is constant inside the brain"),
+        ((["a", "b"], ONES, LAS), "T1: isn't a path, an image or an array of numbers"),
+        (("train_iseg_nocut_9.h5", "train_iseg_nocut_9.h5"), "train_iseg_nocut_9.h5: lacks the scan and its grid"),
+        ((nib.Spm2AnalyzeImage(ONES.astype(np.float32), None),) * 2, "T1: the image has no affine"),
+    ],
+)
+def test_volumes_that_can_not_be_used(segmenter, given, message):
+    with pytest.raises(InputError, match=f"^{re.escape(message)}"):
+        segmenter(*given)
+
+
+@pytest.fixture
+def home(tmp_path, brains) -> Path:
+    """A folder that isn't the bundle's, with the data and the paths of the examples."""
+    for subject in (11, 12):
+        save_subject(tmp_path / "data" / "iSeg-2017-Testing", str(subject), brains[subject % 2], labeled=False)
+    for name, target in (("infant_brain", ROOT), ("models", ROOT / "models")):
+        (tmp_path / name).symlink_to(target)
+    return tmp_path
+
+
+def test_example_of_the_page(home, monkeypatch, capsys):
+    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES[0].splitlines()) == 5
+    monkeypatch.chdir(home)
+    exec(compile(EXAMPLES[0] + EXAMPLES[1], "from_python.md", "exec"), {})
+    assert "'gm_ml': " in capsys.readouterr().out
+    assert nib.load(home / "label.nii.gz").shape == (60, 72, 64)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("example", "path"), [("".join(EXAMPLES[:3]), str(ROOT)), (EXAMPLES[3], "")])
+def test_examples_of_the_page_as_programs(home, example, path):
+    (home / "program.py").write_text(example)
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "program.py"],
+        cwd=home, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    if path:
+        assert result.stdout.count("'wm_ml': ") == 3
+    else:
+        names = {path.name for path in (home / "labels").iterdir()}
+        assert {"subject-11-label.nii.gz", "subject-12-label.nii.gz", "volumes.csv"} <= names
