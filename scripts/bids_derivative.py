@@ -28,14 +28,7 @@ LABELS = (
     {"index": int(Tissue.WM), "name": "White Matter", "abbreviation": "WM", "mapping": 2},
 )
 # what BIDS has no names for
-BIDSIGNORE = (
-    "figures",
-    "volumes.tsv",
-    "volumes.json",
-    "*_uncertainty.nii",
-    "*_uncertainty.nii.gz",
-    "*_uncertainty.json",
-)
+BIDSIGNORE = ("figures", "volumes.tsv", "volumes.json", "*_uncertainty.*", "rank-*.log")
 VOLUME_COLUMNS = {
     "subject": {"Description": "Name of the T1w without desc, suffix and extension"},
     "participant_id": {"Description": "Participant, as in participants.tsv"},
