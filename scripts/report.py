@@ -113,7 +113,8 @@ def segmentation_picture(
 class PictureSaver(BackgroundWriter):
     """Handler that draws each subject of an evaluator by `segmentation_picture`.
 
-    The file is `subject-<id>-scored.png` where there is a label, else `subject-<id>-label.png`.
+    The file is `subject-<id>-scored.png` where there is a label, else `subject-<id>-label.png`; for a BIDS dataset see
+    `scripts.bids.derivative_path`.
 
     Args:
         output_dir: the folder to write to.
@@ -125,7 +126,7 @@ class PictureSaver(BackgroundWriter):
 
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
-        engine.add_event_handler(Events.COMPLETED, lambda: print(f"pictures: {self.output_dir}/subject-<id>-*.png"))
+        engine.add_event_handler(Events.COMPLETED, lambda: print(f"pictures (.png): {self.output_dir}"))
 
     def write(self, item: dict[str, Any]) -> None:
         subject, label = item["subject"], item.get("label")

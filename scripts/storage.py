@@ -25,6 +25,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from tqdm import tqdm
 
+from scripts.bids import needed_files
 from scripts.errors import InputError
 from scripts.writers import BackgroundWriter, whole_files
 
@@ -54,9 +55,10 @@ def is_url(folder: str) -> bool:
 
 
 def local_dataset(folder: str, cache_dir: str) -> str:
-    """A plain path as it is; for a URL a folder under `cache_dir`, made a copy of all that lies there.
+    """A plain path as it is; for a URL a folder under `cache_dir`, made a copy of what subjects there are made of.
 
-    Files that are whole and of the server's present version aren't fetched again. Hidden ones are passed over.
+    Which files these are says `scripts.bids.needed_files`. Those that are whole and of the server's present version
+    aren't fetched again. Hidden ones are passed over.
 
     Raises:
         StorageError: nothing is there, or it can't be copied.
@@ -83,6 +85,11 @@ def local_results(folder: str, cache_dir: str, names: Sequence[str]) -> str:
 
 def _fits(name: str, patterns: Collection[str] | None) -> bool:
     return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a file or folder stays where it is; `.bidsignore` belongs to a BIDS dataset."""
+    return name.startswith(".") and name != ".bidsignore"
 
 
 def _md5(path: Path) -> str:
@@ -157,7 +164,7 @@ class StoredFolder:
             raise StorageError(f"{self.local}: can't be made ({_text(error)}); choose another --cache_dir") from error
 
     def copy_in(self, names: Collection[str] | None = None) -> None:
-        """Bring the copy to what is on the server: all files, or those whose names fit a pattern of `names`.
+        """Bring the copy to what is on the server: files of subjects, or those whose names fit a pattern of `names`.
 
         Files that aren't on the server are removed here as well. One of `names` that was changed here and never
         reached the server stays; if the server's was changed too, that one is taken, and the one here is kept under a
@@ -171,7 +178,8 @@ class StoredFolder:
             record = self._read_record()
             if names is None and not there:
                 raise StorageError(f"{self.url}: no such folder, or nothing in it; check the name")
-            wanted = {name: info for name, info in there.items() if _fits(name, names)}
+            chosen = needed_files(there) if names is None else there
+            wanted = {name: info for name, info in there.items() if name in chosen and _fits(name, names)}
             here = {name for name in self._local_names() if _fits(name, names)}
             unsent = {name for name in here if names is not None and self._is_unsent(name, wanted.get(name), record)}
             outdated = {
@@ -273,16 +281,16 @@ class StoredFolder:
             parts = name.split("/")
             if (self.root and name == path) or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
                 raise StorageError(f"{self.url}: a file named {name!r} there may lead out of the folder; rename it")
-            if not any(part.startswith(".") for part in parts):
+            if not any(_is_hidden(part) for part in parts):
                 found[name] = info
         return found
 
     def _local_names(self) -> list[str]:
         names = []
         for folder, folders, files in os.walk(self.local):  # which bears with what others remove meanwhile
-            folders[:] = [name for name in folders if not name.startswith(".")]
+            folders[:] = [name for name in folders if not _is_hidden(name)]
             inside = Path(folder).relative_to(self.local)
-            names += [(inside / name).as_posix() for name in files if not name.startswith(".")]
+            names += [(inside / name).as_posix() for name in files if not _is_hidden(name)]
         return names
 
     def _state(self, path: Path) -> tuple[int, int]:

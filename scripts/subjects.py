@@ -1,9 +1,11 @@
 """Which files make up a subject, and which subjects train, validate and are segmented.
 
 A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path]) and, if it has one, `label` (a path).
-Where an HDF5 file in the published layout holds the subject, all three paths are that of the file.
+Where an HDF5 file in the published layout holds the subject, all three paths are that of the file. Subjects of a BIDS
+dataset have no label, and more in their dict: see `scripts.bids.BidsSubject`.
 """
 
+import logging
 import posixpath
 import re
 from collections.abc import Collection
@@ -13,14 +15,17 @@ from typing import NotRequired, TypedDict
 from fsspec.core import split_protocol
 from monai.utils import ensure_tuple
 
+from scripts import bids
 from scripts.errors import InputError
 
 FILE_NAME = re.compile(r"subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(?P<suffix>hdr|img|nii|nii\.gz)", re.IGNORECASE)
 HDF5_NAME = re.compile(r"train_iseg_nocut_(?P<subject>.+)\.h5")
 EXPECTED_NAMES = (
     "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz, "
-    "or train_iseg_nocut_<id>.h5"
+    f"or train_iseg_nocut_<id>.h5, or BIDS: {bids.EXPECTED_NAMES}"
 )
+
+logger = logging.getLogger(__name__)
 
 
 class Subject(TypedDict):
@@ -29,6 +34,8 @@ class Subject(TypedDict):
     subject: str
     image: list[str]
     label: NotRequired[str]
+    anat: NotRequired[str]
+    mask: NotRequired[str]
 
 
 Ids = int | str | Collection[int | str]
@@ -60,13 +67,17 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
     return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
 
 
-def _find_volumes(directory: str) -> dict[str, dict[str, Path]]:
-    """Files in a folder and those below it by subject and by kind (T1, T2, LABEL, HDF5); raises as `find_labels`."""
+def _find_volumes(directory: str, but_in: Collection[str] = ("derivatives",)) -> dict[str, dict[str, Path]]:
+    """Files in a folder and those below it by subject and by kind (T1, T2, LABEL, HDF5); raises as `find_labels`.
+
+    What lies in a folder of `but_in` is passed over.
+    """
     root = Path(directory)
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(root.glob("**/*")):
         name = FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name)
-        if name is None or _is_hidden(path.relative_to(root)):
+        inside = path.relative_to(root)
+        if name is None or _is_hidden(inside) or inside.parts[0] in but_in:
             continue
         files = found.setdefault(name["subject"], {})
         path = _volume_file(path)
@@ -86,20 +97,28 @@ def find_labels(directory: str) -> dict[str, str]:
 
 
 def find_subjects(dataset_dir: str) -> list[Subject]:
-    """All subjects in a folder and the folders below it, in the naming of iSeg-2017, iSeg-2019 or the published HDF5.
+    """All subjects in a folder: a BIDS dataset, or in the naming of iSeg-2017, iSeg-2019 or the published HDF5.
 
     Args:
-        dataset_dir: folder with `subject-<id>-T1`, `-T2` and `-label` files (capitals or not), each Analyze
-            (`.hdr` and `.img`) or NIfTI, or with `train_iseg_nocut_<id>.h5` for a labelled subject. Hidden files and
-            `__MACOSX` are passed over. It needn't exist.
+        dataset_dir: folder of a BIDS dataset, as `scripts.bids.find_bids_subjects` takes it; or one with
+            `subject-<id>-T1`, `-T2` and `-label` files (capitals or not), there or below, each Analyze (`.hdr` and
+            `.img`) or NIfTI, or with `train_iseg_nocut_<id>.h5` for a labelled subject. Hidden files, `__MACOSX` and
+            the folder `derivatives` are passed over. It needn't exist.
 
     Returns:
         The subjects by ascending id; none where the folder holds none.
 
     Raises:
         InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, two files
-            for one volume, or images beside an HDF5 file.
+            for one volume, or images beside an HDF5 file; both layouts in one folder; or as `find_bids_subjects`.
     """
+    in_bids, left_out = bids.find_bids_subjects(dataset_dir)
+    if in_bids or left_out:
+        for files in _find_volumes(dataset_dir, but_in=("derivatives", "sourcedata", "code")).values():
+            raise InputError(
+                f"{next(iter(files.values()))}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder"
+            )
+        return sorted(in_bids, key=lambda subject: natural_order(subject["subject"]))
     found = _find_volumes(dataset_dir)
     subjects: list[Subject] = []
     for subject_id in sorted(found, key=natural_order):
@@ -127,25 +146,42 @@ def _ids(setting: Ids) -> list[str]:
     return [str(subject_id) for subject_id in ensure_tuple(setting)]
 
 
+def _is_named(subject: str, name: str, in_bids: bool) -> bool:
+    """Whether an id is meant by a name: its own, in BIDS with or without `sub-`, or the part it begins with."""
+    if not in_bids:
+        return subject == name
+    return f"{subject}_".startswith(f"sub-{name.removeprefix('sub-')}_")
+
+
 def _pick(subjects: list[Subject], ids: Ids, dataset_dir: str, setting: str) -> list[Subject]:
     """The subjects with these ids; an id that isn't there is an error, but for a folder with no subjects at all."""
-    by_id = {subject["subject"]: subject for subject in subjects}
-    for subject_id in _ids(ids) if subjects else ():
-        if subject_id not in by_id:
-            there = ", ".join(by_id)
-            raise InputError(
-                f"{dataset_dir}: {setting} names subject {subject_id}, which isn't there; choose from {there}"
-            )
-    return [by_id[subject_id] for subject_id in _ids(ids) if subject_id in by_id]
+    chosen: dict[str, Subject] = {}
+    for name in _ids(ids) if subjects else ():
+        named = [subject for subject in subjects if _is_named(subject["subject"], name, "anat" in subject)]
+        if not named:
+            there = ", ".join(subject["subject"] for subject in subjects)
+            raise InputError(f"{dataset_dir}: {setting} names subject {name}, which isn't there; choose from {there}")
+        chosen |= {subject["subject"]: subject for subject in named}
+    return list(chosen.values())
+
+
+def _refuse_bids(subjects: list[Subject], dataset_dir: str) -> None:
+    if any("anat" in subject for subject in subjects):
+        raise InputError(
+            f"{dataset_dir}: is a BIDS dataset, which can only be segmented; for training and scoring give labelled "
+            f"subjects as subject-<id>-T1, -T2 and -label"
+        )
 
 
 def validation_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
     """The subjects named by `val_subjects`; none where the folder holds none.
 
     Raises:
-        InputError: one of them isn't there or has no label, or as `find_subjects`.
+        InputError: one of them isn't there or has no label, the dataset is BIDS, or as `find_subjects`.
     """
-    chosen = _pick(find_subjects(dataset_dir), val_subjects, dataset_dir, "val_subjects")
+    found = find_subjects(dataset_dir)
+    _refuse_bids(found, dataset_dir)
+    chosen = _pick(found, val_subjects, dataset_dir, "val_subjects")
     for subject in chosen:
         if "label" not in subject:
             raise InputError(
@@ -156,22 +192,34 @@ def validation_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
 
 
 def training_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
-    """All labelled subjects but those of `val_subjects`; raises as `find_subjects`."""
+    """All labelled subjects but those of `val_subjects`; raises as `find_subjects`, or if the dataset is BIDS."""
+    found = find_subjects(dataset_dir)
+    _refuse_bids(found, dataset_dir)
     held_out = _ids(val_subjects)
-    return [s for s in find_subjects(dataset_dir) if "label" in s and s["subject"] not in held_out]
+    return [s for s in found if "label" in s and s["subject"] not in held_out]
 
 
 def subjects_to_segment(dataset_dir: str, subjects: Ids | None) -> list[Subject]:
     """The subjects with these ids, or all that have no label when `subjects` is None, without their labels.
 
-    None where the folder holds none.
+    None where the folder holds none. In a BIDS dataset `sub-01` or `01` means all sessions and runs of a participant,
+    and `sub-01_ses-02` one session with its runs. A warning names those that are left out.
 
     Raises:
-        InputError: one of them isn't there or is an HDF5 file, or as `find_subjects`.
+        InputError: one of them isn't there, is left out or is an HDF5 file, or as `find_subjects`.
     """
     found = find_subjects(dataset_dir)
+    left_out = left_out_subjects(dataset_dir, subjects)
+    for subject, reason in left_out.items():
+        logger.warning("%s: left out, for it %s", subject, reason)
     if subjects is None:
         return [subject for subject in found if "label" not in subject]
+    for name in _ids(subjects):
+        if any(_is_named(subject["subject"], name, "anat" in subject) for subject in found):
+            continue
+        for subject, reason in left_out.items():
+            if _is_named(subject, name, in_bids=True):
+                raise InputError(f"{dataset_dir}: subjects names {name}, but {subject} {reason}")
     chosen = _pick(found, subjects, dataset_dir, "subjects")
     for subject in chosen:
         if subject["image"][0].endswith(".h5"):
@@ -179,7 +227,17 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None) -> list[Subject]
                 f"{subject['image'][0]}: lacks the scan and its grid, on which subject {subject['subject']} would be "
                 f"segmented; give its T1 and T2 images"
             )
-    return [{"subject": subject["subject"], "image": subject["image"]} for subject in chosen]
+    return [{key: value for key, value in subject.items() if key != "label"} for subject in chosen]
+
+
+def left_out_subjects(dataset_dir: str, subjects: Ids | None) -> dict[str, str]:
+    """What of a BIDS dataset can't be segmented, of all of it or of what `subjects` names: the reason by id."""
+    _, left_out = bids.find_bids_subjects(dataset_dir)
+    return {
+        subject: reason
+        for subject, reason in left_out.items()
+        if subjects is None or any(_is_named(subject, name, in_bids=True) for name in _ids(subjects))
+    }
 
 
 def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> None:
@@ -199,6 +257,8 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
         raise InputError(f"{dataset_dir}: no such folder; name the folder of the subjects by --dataset_dir")
     found = find_subjects(dataset_dir)
     if not found:
+        for subject, reason in left_out_subjects(dataset_dir, None).items():
+            raise InputError(f"{dataset_dir}: no subject of this BIDS dataset is complete; {subject} {reason}")
         raise InputError(f"{dataset_dir}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
     labeled = sum("label" in subject for subject in found)
     remedy = {
@@ -211,7 +271,7 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
     )
 
 
-def _place(folder: str) -> tuple[str, PurePath]:
+def place(folder: str) -> tuple[str, PurePath]:
     """Protocol and path of a folder, so that two names of one place are alike; a plain path is a `file`."""
     protocol, path = split_protocol(folder)
     if protocol in (None, "file", "local"):
@@ -223,11 +283,15 @@ def require_apart(dataset_dir: str, output_dir: str) -> None:
     """Refuse to write label images among the subjects, where they would count as true labels the next time.
 
     Raises:
-        InputError: `output_dir` is `dataset_dir` or lies below it. Either may be a URL.
+        InputError: `output_dir` is `dataset_dir` or lies below it, but for the folders in its `derivatives`, which are
+            passed over when subjects are looked for. Either may be a URL.
     """
-    (protocol, dataset), (output_protocol, output) = _place(dataset_dir), _place(output_dir)
-    if output_protocol == protocol and output.is_relative_to(dataset):
+    (protocol, dataset), (output_protocol, output) = place(dataset_dir), place(output_dir)
+    if output_protocol != protocol or not output.is_relative_to(dataset):
+        return
+    inside = output.relative_to(dataset).parts
+    if inside[:1] != ("derivatives",) or len(inside) < 2:
         raise InputError(
             f"{output_dir}: lies in the dataset, where segmentations would be taken for true labels; "
-            f"choose an --output_dir outside {dataset_dir}"
+            f"choose an --output_dir outside {dataset_dir}, or {str(dataset_dir).rstrip('/')}/derivatives/<name>"
         )

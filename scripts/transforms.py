@@ -33,6 +33,8 @@ class VolumeInMemory(str):
 ISEG_VALUES = (0, 10, 150, 250)
 # affine of an iSeg volume, LAS and 1 mm, up to its origin; HDF5 files have none of their own
 ISEG_AFFINE = np.diag([-1.0, 1.0, 1.0, 1.0])
+# ml, CSF included; a scan that wasn't skull-stripped has more above 0: the head, and noise in the air around it
+LARGEST_BRAIN = 2000
 # voxels along a side; more than that is no brain, and a damaged or hostile file must not fill the memory
 LONGEST_HDF5_SIDE = 512
 
@@ -114,6 +116,19 @@ def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
         raise InputError(f"{path}: most of the label lies outside the brain of T1; check that the two belong together")
 
 
+def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
+    """Refuse a T1 (X, Y, Z), whose brain is where it is above 0, without a brain or with a skull, by InputError."""
+    brain = np.count_nonzero(t1 > 0)
+    if not brain:
+        raise InputError(f"{path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")
+    volume = brain * abs(np.linalg.det(affine[:3, :3])) / 1000
+    if volume > LARGEST_BRAIN:
+        raise InputError(
+            f"{path}: T1 is above 0 in {volume:,.0f} ml, more than any brain has; give a skull-stripped T1, which is 0 "
+            f"outside the brain"
+        )
+
+
 def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
     """Numbers (channels, Z, X, Y) of a dataset (1, channels, Z, X, Y) that the file holds itself."""
     links = file.id.links  # asking by way of `name in file` would follow a link to another file
@@ -182,7 +197,8 @@ class LoadSubjectd(Transform):
     """Load the T1, T2 and label of a subject and check that they belong together.
 
     Takes a dict with `image` ([T1 path, T2 path]) and, where there is one, `label` (a path); all three the same `.h5`
-    where that holds the subject. Gives, on the grid of the T1 file and with its affine, a copy with:
+    where that holds the subject. Where there is a `mask` (a path), T1 and T2 become 0 where it isn't above 0. Gives, on
+    the grid of the T1 file and with its affine, a copy with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or from HDF5 as `read_hdf5` gives them
     - `t1`: float32 (1, X, Y, Z), the first channel once more, to be kept on its own grid
@@ -191,8 +207,8 @@ class LoadSubjectd(Transform):
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
 
     Raises:
-        InputError: as `read_volume`, `tissue_labels` and `read_hdf5`, or the volumes differ in grid, or T1 is nowhere
-            above 0.
+        InputError: as `read_volume`, `tissue_labels`, `read_hdf5` and `require_brain_only`, or the volumes differ in
+            grid.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -206,12 +222,15 @@ class LoadSubjectd(Transform):
             t2, t2_affine = read_volume(t2_path)
             require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
             image = np.stack([t1, t2])
+            if "mask" in data:
+                mask, mask_affine = read_volume(data["mask"])
+                require_same_grid(data["mask"], mask, mask_affine, t1_path, t1, affine)
+                image *= mask > 0
             if "label" in data:
                 values, label_affine = read_volume(data["label"])
                 require_same_grid(data["label"], values, label_affine, t1_path, t1, affine)
                 label = tissue_labels(values, data["label"])
-        if not (image[0] > 0).any():
-            raise InputError(f"{t1_path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")
+        require_brain_only(image[0], affine, t1_path)
         loaded = dict(data)
         loaded["image"] = _meta_tensor(image, affine, t1_path)
         loaded["t1"] = _meta_tensor(image[:1].copy(), affine, t1_path)

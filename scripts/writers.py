@@ -15,16 +15,27 @@ import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
 
+from scripts.bids import derivative_path
 from scripts.errors import InputError
 from scripts.transforms import ISEG_VALUES
 
 UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
+class _TabSeparated(csv.excel_tab):
+    """TSV as BIDS has it."""
+
+    lineterminator = "\n"
+
+
+def _dialect(path: str | Path) -> type[csv.Dialect]:
+    return _TabSeparated if Path(path).suffix == ".tsv" else csv.excel
+
+
 def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV file with a header line."""
+    """The rows of a CSV or, by its name, TSV file with a header line."""
     with Path(path).open(newline="") as file:
-        return list(csv.DictReader(file))
+        return list(csv.DictReader(file, dialect=_dialect(path)))
 
 
 @contextmanager
@@ -53,10 +64,10 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of like keys as a CSV file with a header line."""
+    """Write rows of like keys as a CSV or, by its name, TSV file with a header line."""
     path = Path(path)
     with whole_files(path.parent) as temporary, (temporary / path.name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), dialect=_dialect(path))
         writer.writeheader()
         writer.writerows(rows)
 
@@ -142,13 +153,14 @@ def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
         A dict with `subject` (id), `t1` (intensities), `pred` and `label` (0 background, 1 CSF, 2 GM, 3 WM), the three
         as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none. Where
         asked for also `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z), see `scripts.probabilities`.
+        Subjects of a BIDS dataset have `anat` besides, see `scripts.bids.BidsSubject`.
     """
     for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
         yield {**batch, **output}
 
 
 def result_path(output_dir: str | Path, item: Mapping[str, Any], what: str, suffix: str) -> Path:
-    """Where a result of a subject goes.
+    """Where a result of a subject goes; that of a subject of a BIDS dataset as `scripts.bids.derivative_path` has it.
 
     Args:
         output_dir: the folder of the results.
@@ -156,6 +168,8 @@ def result_path(output_dir: str | Path, item: Mapping[str, Any], what: str, suff
         what: what it shows: 'label', 'scored' and so on.
         suffix: '.nii.gz', '.nii', '.hdr' or '.png'.
     """
+    if "anat" in item:
+        return Path(output_dir) / derivative_path(item["anat"], item["subject"], what, suffix)
     return Path(output_dir) / f"subject-{item['subject']}-{what}{suffix}"
 
 

@@ -86,6 +86,15 @@ def save_subject(
         save_volume(directory / f"subject-{subject}-label{suffix}", label)
 
 
+def touch(directory: Path, *names: str) -> Path:
+    """Make empty files."""
+    for name in names:
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return directory
+
+
 @contextmanager
 def server(arguments: str, cwd: Path = ROOT, **environment: str) -> Iterator[int]:
     """A real process `python -m ARGUMENTS` that serves on a port of this machine, for which PORT stands in them."""

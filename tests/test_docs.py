@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.distributed.run
 import yaml
-from conftest import QUICK, ROOT, bundle, copy_bundle, s3_server, save_subject, server_environment
+from conftest import QUICK, ROOT, bundle, copy_bundle, s3_server, save_subject, save_volume, server_environment
 
 from scripts.network import SkipDenseSeg
 from scripts.workflow import refuse_unknown_overrides
@@ -57,6 +57,9 @@ def homes(tmp_path_factory, brains):
             save_subject(training, str(subject), brains[subject % 2])
         for subject in range(11, 24) if "MindSpore" in (ROOT / page).read_text() else (11, 12):
             save_subject(testing, str(subject), brains[subject % 2], labeled=False)
+        for name in ("sub-01/anat/sub-01", "sub-02/ses-1/anat/sub-02_ses-1"):
+            for kind in ("T1", "T2"):
+                save_volume(directory / "data" / "bids" / f"{name}_{kind}w.nii.gz", brains[0][kind])
         paper = SkipDenseSeg(block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True)
         torch.save(paper.state_dict(), directory / "3D-SkipDenseSeg.pth")
         return directory

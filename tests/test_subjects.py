@@ -1,6 +1,5 @@
-from pathlib import Path
-
 import pytest
+from conftest import touch
 
 from scripts.errors import InputError
 from scripts.subjects import (
@@ -11,14 +10,6 @@ from scripts.subjects import (
     training_subjects,
     validation_subjects,
 )
-
-
-def touch(directory: Path, *names: str) -> Path:
-    for name in names:
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    return directory
 
 
 def analyze(stem: str) -> list[str]:

@@ -1,0 +1,336 @@
+"""Results of BIDS datasets, judged by the official validator."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, bundle, last_line, s3_server, server_environment
+from ignite.engine import Engine, Events
+from monai.bundle import ConfigWorkflow
+from monai.data import MetaTensor
+
+from scripts.bids_derivative import DESCRIPTIONS, LABELS, BidsDerivative, source_link, volume_table
+from scripts.errors import InputError
+from scripts.metrics import VolumeTable
+from scripts.subjects import left_out_subjects, subjects_to_segment
+from scripts.transforms import LoadSubjectd, Tissue
+from scripts.writers import BackgroundWriter, LabelSaver, read_csv, result_path, whole_files
+
+STEMS = ("sub-01", "sub-02_ses-a_run-1", "sub-02_ses-a_run-2", "sub-02_ses-b_acq-mprage")
+NAME = json.loads((ROOT / "configs" / "metadata.json").read_text())["name"]
+
+
+def folder(stem: str) -> str:
+    return "/".join([*(part for part in stem.split("_") if part.startswith(("sub-", "ses-"))), "anat"])
+
+
+def save_bids(dataset: Path, stem: str, brain: dict[str, np.ndarray], **more: Any) -> None:
+    """Write T1w and T2w, and a dataset description if there is none."""
+    path = dataset / folder(stem)
+    path.mkdir(parents=True, exist_ok=True)
+    for kind in ("T1", "T2"):
+        image = nib.Nifti1Image(brain[kind], np.diag([-1.0, 1, 1, 1]))
+        image.header.set_xyzt_units("mm")
+        nib.save(image, path / f"{stem}_{kind}w.nii.gz")
+    description = {"Name": "Small brains", "BIDSVersion": "1.11.1", **more}
+    (dataset / "dataset_description.json").write_text(json.dumps(description))
+
+
+def errors(dataset: Path) -> set[tuple[str, str]]:
+    """Kind and place of what the validator finds wrong."""
+    command = [str(Path(sys.executable).with_name("bids-validator-deno")), str(dataset), "--format", "json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    issues = json.loads(result.stdout)["issues"]["issues"]
+    return {(issue["code"], issue["location"]) for issue in issues if issue["severity"] == "error"}
+
+
+class MapSaver(BackgroundWriter):
+    """Writes maps of probability and uncertainty where all handlers put what they write."""
+
+    def __init__(self, output_dir: Path) -> None:
+        super().__init__()
+        self.output_dir = output_dir
+
+    def write(self, item: dict[str, Any]) -> None:
+        for what in DESCRIPTIONS:
+            path = result_path(self.output_dir, item, what, ".png" if what == "label" else ".nii.gz")
+            with whole_files(path.parent) as temporary:
+                if what == "label":
+                    (temporary / path.name).write_bytes(b"a picture")
+                else:
+                    image = nib.Nifti1Image(np.full((6, 7, 8), 0.5, np.float32), np.eye(4))
+                    nib.save(image, temporary / path.name)
+
+
+def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".nii.gz", source: str = "") -> None:
+    """What inference does with the subjects of a dataset, the network aside."""
+    chosen = subjects_to_segment(str(dataset), subjects)
+    engine = Engine(lambda engine, batch: None)
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    def label() -> None:
+        subject = LoadSubjectd()(chosen[engine.state.iteration - 1])
+        values = torch.arange(subject["t1"].numel()).remainder(4).reshape(subject["t1"].shape).to(torch.uint8)
+        engine.state.batch = [subject]
+        engine.state.output = [{"pred": MetaTensor(values, affine=subject["t1"].affine)}]
+
+    handlers = [
+        LabelSaver(str(output), suffix),
+        MapSaver(output),
+        volume_table(str(output), chosen),
+        BidsDerivative(
+            str(output),
+            str(dataset),
+            source or source_link(str(dataset), str(output)),
+            chosen,
+            left_out_subjects(str(dataset), subjects),
+            suffix,
+        ),
+    ]
+    for handler in handlers:
+        handler.attach(engine)
+    engine.run(range(len(chosen)))
+
+
+@pytest.fixture
+def tiny() -> dict[str, np.ndarray]:
+    return {kind: np.ones((6, 7, 8), np.int16) for kind in ("T1", "T2")}
+
+
+@pytest.fixture
+def data(tmp_path, tiny) -> Path:
+    for stem in STEMS:
+        save_bids(tmp_path / "data", stem, tiny, DatasetDOI="doi:10.0000/small.brains")
+    return tmp_path / "data"
+
+
+def test_scans_and_results_are_valid(data, capsys):
+    output = data / "derivatives" / "skipdenseseg"
+    (data / "sub-03" / "anat").mkdir(parents=True)
+    shutil.copy(data / "sub-01" / "anat" / "sub-01_T1w.nii.gz", data / "sub-03" / "anat" / "sub-03_T1w.nii.gz")
+    segment(data, output)
+    assert errors(data) == errors(output) == set()
+    assert "not segmented: sub-03 has no T2w" in capsys.readouterr().out
+    for stem in STEMS:
+        names = [f"{stem}_{ending}" for ending in (
+            "desc-skipdenseseg_dseg", "label-CSF_desc-skipdenseseg_probseg", "label-GM_desc-skipdenseseg_probseg",
+            "label-WM_desc-skipdenseseg_probseg", "desc-skipdenseseg_uncertainty",
+        )]  # fmt: skip
+        written = {path.name for path in (output / folder(stem)).iterdir() if path.name.startswith(f"{stem}_")}
+        assert written == {f"{name}{suffix}" for name in names for suffix in (".nii.gz", ".json")}
+    sidecar = json.loads((output / folder(STEMS[1]) / f"{STEMS[1]}_desc-skipdenseseg_dseg.json").read_text())
+    sources = [f"bids:source:sub-02/ses-a/anat/{STEMS[1]}_{kind}.nii.gz" for kind in ("T1w", "T2w")]
+    assert (sidecar["Sources"], sidecar["SpatialReference"], sidecar["Manual"]) == (sources, sources[0], False)
+    description = json.loads((output / "dataset_description.json").read_text())
+    assert description["DatasetLinks"] == {"source": "../.."}
+    assert (output / "../..").resolve() == data.resolve()
+    assert description["SourceDatasets"] == [{"DOI": "doi:10.0000/small.brains"}]
+    generator = description["GeneratedBy"][0]
+    metadata = json.loads((ROOT / "configs" / "metadata.json").read_text())
+    assert (generator["Name"], generator["Version"]) == (metadata["name"], metadata["version"])
+
+
+def test_the_validator_complains(data):
+    """Otherwise it would say nothing of what it found valid."""
+    output = data.parent / "output"
+    segment(data, output, ["sub-01"])
+    (data / "sub-01" / "anat" / "sub-01_T1w.nii.gz").rename(data / "sub-01" / "anat" / "sub-01_scan.nii.gz")
+    assert {place for _, place in errors(data)} == {"/sub-01/anat/sub-01_scan.nii.gz"}
+    (output / ".bidsignore").unlink()
+    shutil.move(output / "desc-skipdenseseg_dseg.tsv", output / "labels.tsv")
+    places = {place for _, place in errors(output)}
+    assert {"/labels.tsv", "/volumes.tsv", "/sub-01/figures/"} <= places
+
+
+def test_tables(data, tmp_path):
+    output = tmp_path / "output"
+    segment(data, output)
+    rows = read_csv(output / "volumes.tsv")
+    assert [(row["subject"], row["participant_id"], row["session_id"]) for row in rows] == [
+        (STEMS[0], "sub-01", "n/a"),
+        (STEMS[1], "sub-02", "ses-a"),
+        (STEMS[2], "sub-02", "ses-a"),
+        (STEMS[3], "sub-02", "ses-b"),
+    ]
+    assert {row["csf_ml"] for row in rows} == {str(6 * 7 * 8 / 4 / 1000)}
+    assert set(json.loads((output / "volumes.json").read_text())) == set(rows[0])
+    assert b"\r" not in (output / "volumes.tsv").read_bytes()
+    labels = read_csv(output / "desc-skipdenseseg_dseg.tsv")
+    assert {row["abbreviation"]: int(row["index"]) for row in labels} == {"BG": 0} | {t.name: t.value for t in Tissue}
+    # BIDS's own list has GM, WM, CSF in this order
+    assert [label["mapping"] for label in LABELS] == [0, 3, 1, 2]
+
+
+def test_every_kind_of_result_is_described():
+    assert {f"probability-{tissue.name.lower()}" for tissue in Tissue} | {"label", "uncertainty"} == set(DESCRIPTIONS)
+
+
+def test_again_and_for_more_subjects(data, tmp_path):
+    output = tmp_path / "output"
+    segment(data, output, "01")
+    for name in (".bidsignore", "volumes.json", "desc-skipdenseseg_dseg.tsv"):
+        (output / name).write_text("mine")
+    description = json.loads((output / "dataset_description.json").read_text())
+    (output / "dataset_description.json").write_text(json.dumps(description | {"Authors": ["A", "B"]}))
+    segment(data, output, ["sub-02_ses-b", "01"])
+    assert [row["subject"] for row in read_csv(output / "volumes.tsv")] == [STEMS[3], STEMS[0]]
+    for name in (".bidsignore", "volumes.json", "desc-skipdenseseg_dseg.tsv"):
+        assert (output / name).read_text() == "mine"
+    assert json.loads((output / "dataset_description.json").read_text())["Authors"] == ["A", "B"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"Name": "fMRIPrep", "GeneratedBy": [{"Name": "fMRIPrep"}]}', "is that of another dataset; choose another"),
+        ('{"Name": "raw"}', "is that of another dataset"),
+        ("no JSON", "is that of another dataset"),
+        ("[]", "is that of another dataset"),
+        (
+            json.dumps({"GeneratedBy": [{"Name": NAME}], "DatasetLinks": {"source": "file:///elsewhere"}}),
+            "says that the scans lie in file:///elsewhere, not in file:///.*/data; .* correct source in its",
+        ),
+    ],
+)  # fmt: skip
+def test_another_dataset_is_left_as_it_is(data, tmp_path, text, message):
+    output = tmp_path / "output"
+    output.mkdir()
+    (output / "dataset_description.json").write_text(text)
+    with pytest.raises(InputError, match=f"dataset_description.json: {message}"):
+        segment(data, output)
+    assert {path.name: path.read_text() for path in output.iterdir()} == {"dataset_description.json": text}
+
+
+def test_suffixes(data, tmp_path):
+    with pytest.raises(InputError, match=r"label_suffix must be '.nii.gz' or '.nii' for a BIDS dataset, got '.hdr'"):
+        segment(data, tmp_path / "output", suffix=".hdr")
+    segment(data, tmp_path / "output", "01", suffix=".nii")
+    assert (tmp_path / "output" / "sub-01" / "anat" / "sub-01_desc-skipdenseseg_dseg.nii").exists()
+    assert (tmp_path / "output" / "sub-01" / "anat" / "sub-01_desc-skipdenseseg_dseg.json").exists()
+    assert errors(tmp_path / "output") == set()
+
+
+def test_subjects_of_the_other_layout_get_no_bids_files(tmp_path):
+    subjects = [{"subject": "sub-01", "image": ["a", "b"]}]
+    assert type(volume_table(str(tmp_path), subjects)) is VolumeTable
+    assert volume_table(str(tmp_path), subjects).path.name == "volumes.csv"
+    engine = Engine(lambda engine, batch: None)
+    BidsDerivative(str(tmp_path), "", "", subjects, {}, ".hdr").attach(engine)
+    engine.run([0])
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("dataset", "output", "expected"),
+    [
+        ("/data", "/data/derivatives/x", "../.."),
+        ("/data", "/results", "file:///data"),
+        ("/my data", "/results", "file:///my%20data"),
+        ("s3://bucket/data", "s3://bucket/data/derivatives/x", "../.."),
+        ("s3://bucket/data", "/results", "s3://bucket/data"),
+        ("/data", "s3://bucket/results", "file:///data"),
+    ],
+)
+def test_where_the_scans_lie(dataset, output, expected):
+    assert source_link(dataset, output) == expected
+
+
+def test_the_config(tmp_path, monkeypatch, capsys, caplog):
+    """As the output of a pipeline that masks nothing: one session with a mask, one without, one not asked for."""
+    monkeypatch.chdir(ROOT)
+    data, rng = tmp_path / "data", np.random.default_rng(1)
+    scans = {kind: rng.integers(1, 1000, (20, 21, 22)).astype(np.int16) for kind in ("T1", "T2")}
+    for stem in ("sub-01_ses-a_desc-preproc", "sub-01_ses-b_desc-preproc", "sub-02_ses-a_desc-preproc"):
+        save_bids(data, stem, scans, DatasetType="derivative", GeneratedBy=[{"Name": "Preprocessing"}])
+        for kind in ("T1w", "T2w"):
+            (data / folder(stem) / f"{stem}_{kind}.json").write_text('{"SkullStripped": false}')
+    mask = np.zeros((20, 21, 22), np.uint8)
+    mask[5:15, 5:15, 5:15] = 1
+    affine = np.diag([-1.0, 1, 1, 1])
+    nib.save(nib.Nifti1Image(mask, affine), data / "sub-01/ses-a/anat/sub-01_ses-a_desc-brain_mask.nii.gz")
+    output = data / "derivatives" / "skipdenseseg"
+    workflow = ConfigWorkflow(
+        "configs/inference.json",
+        workflow_type="infer",
+        dataset_dir=str(data),
+        output_dir=str(output),
+        subjects=["01"],
+        logging_file=False,
+    )
+    workflow.initialize()
+    workflow.run()
+    assert "sub-01_ses-b: left out, for it isn't skull-stripped" in caplog.text
+    told = capsys.readouterr().out
+    assert "not segmented: sub-01_ses-b isn't skull-stripped" in told
+    assert "sub-02" not in caplog.text + told
+    stem = "sub-01_ses-a_desc-skipdenseseg_dseg"
+    label = np.asarray(nib.load(output / "sub-01/ses-a/anat" / f"{stem}.nii.gz").dataobj)
+    assert (label[mask == 0] == 0).all()
+    assert label.any()
+    sidecar = json.loads((output / "sub-01/ses-a/anat" / f"{stem}.json").read_text())
+    assert [source.rsplit("_")[-1] for source in sidecar["Sources"]] == ["T1w.nii.gz", "T2w.nii.gz", "mask.nii.gz"]
+    assert (output / "sub-01/ses-a/figures" / f"{stem}.png").stat().st_size > 10_000
+    assert errors(output) == set()
+
+
+@pytest.mark.slow
+def test_errors_end_in_one_line(brains, tmp_path):
+    save_bids(tmp_path / "data", "sub-01", brains[0])
+    for output, arguments, message in (
+        (tmp_path / "data" / "x", [], "lies in the dataset"),
+        (tmp_path / "out", ["--subjects", "02"], "names subject 02, which isn't there; choose from sub-01"),
+        (tmp_path / "out", ["--label_suffix", ".hdr"], "for a BIDS dataset"),
+        (tmp_path / "data2" / "derivatives" / "x", [], "is that of another dataset"),
+    ):
+        (tmp_path / "data2" / "derivatives" / "x").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data2" / "derivatives" / "x" / "dataset_description.json").write_text("{}")
+        places = ("--dataset_dir", str(tmp_path / "data"), "--output_dir", str(output))
+        result = bundle("run", "--config_file", "configs/inference.json", *places, *arguments)
+        assert result.returncode != 0
+        assert last_line(result).startswith("error: ")
+        assert message in last_line(result)
+        assert "Traceback" not in result.stderr
+        assert not list(output.rglob("*.nii.gz"))
+
+
+@pytest.mark.slow
+def test_several_devices_and_a_server(brains, tmp_path, monkeypatch):
+    """Two processes share out a dataset in a bucket, and write into its `derivatives`."""
+    data = tmp_path / "data"
+    for stem in STEMS[:3]:
+        save_bids(data, stem, brains[0])
+    (data / "sub-01" / "func").mkdir()
+    (data / "sub-01" / "func" / "sub-01_task-rest_bold.nii.gz").write_bytes(bytes(1000))
+    with s3_server() as port:
+        for name, value in server_environment(port).items():
+            monkeypatch.setenv(name, value)
+        s3 = fsspec.filesystem(
+            "s3", endpoint_url=server_environment(port)["AWS_ENDPOINT_URL"], use_listings_cache=False
+        )
+        s3.mkdir("bucket")
+        s3.put(f"{data}/", "bucket/data", recursive=True)
+        configs = "['configs/inference.json','configs/multi_gpu_inference.json']"
+        output = "s3://bucket/data/derivatives/skipdenseseg"
+        places = ("--dataset_dir", "s3://bucket/data", "--output_dir", output, "--cache_dir", str(tmp_path / "cache"))
+        launcher = ("--standalone", "--nproc_per_node", "2", "-m", "monai.bundle", "run", "--config_file", configs)
+        for _ in range(2):  # the second time on another machine
+            result = bundle(*launcher, *places, module="torch.distributed.run")
+            assert result.returncode == 0, result.stderr
+            assert list((tmp_path / "cache").glob("dataset-*/sub-*/anat/*"))
+            assert not list((tmp_path / "cache").glob("dataset-*/sub-*/func"))
+            shutil.rmtree(tmp_path / "cache")
+        s3.get("bucket/data/derivatives/skipdenseseg/", str(tmp_path / "copy"), recursive=True)
+    copy = tmp_path / "copy"
+    assert [row["subject"] for row in read_csv(copy / "volumes.tsv")] == list(STEMS[:3])
+    assert {path.name for path in copy.iterdir()} >= {".bidsignore", "dataset_description.json", "sub-01", "sub-02"}
+    assert len(list(copy.rglob("*_dseg.json"))) == len(list(copy.rglob("*_dseg.nii.gz"))) == 3
+    assert json.loads((copy / "dataset_description.json").read_text())["DatasetLinks"] == {"source": "../.."}
+    assert errors(copy) == set()
