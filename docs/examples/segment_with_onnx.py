@@ -27,7 +27,7 @@ brain = image[0] > 0
 if not np.isfinite(image).all() or not brain.any() or not image[:, brain].std(1).all():
     sys.exit(f"error: {t1_path}, {t2_path}: not two skull-stripped scans (0 outside, and not constant inside)")
 
-# the box that inference.json cuts: moved by a voxel, the network's coarse voxels lie elsewhere and some labels differ
+# the box that inference.json cuts: in another one the network's coarse voxels lie elsewhere and some labels differ
 voxels = np.argwhere(brain)
 start, stop = np.maximum(voxels.min(0) - MARGIN, 0), np.minimum(voxels.max(0) + 1 + MARGIN, brain.shape)
 size = -(-(stop - start) // MULTIPLE) * MULTIPLE
