@@ -153,7 +153,6 @@ def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
         A dict with `subject` (id), `t1` (intensities), `pred` and `label` (0 background, 1 CSF, 2 GM, 3 WM), the three
         as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none. Where
         asked for also `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z), see `scripts.probabilities`.
-        Subjects of a BIDS dataset have `anat` besides, see `scripts.bids.BidsSubject`.
     """
     for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
         yield {**batch, **output}
@@ -164,7 +163,7 @@ def result_path(output_dir: str | Path, item: Mapping[str, Any], what: str, suff
 
     Args:
         output_dir: the folder of the results.
-        item: the subject, as `segmented_subjects` gives it.
+        item: the subject, as `segmented_subjects` gives it; one of a BIDS dataset has `anat` as well.
         what: what it shows: 'label', 'scored' and so on.
         suffix: '.nii.gz', '.nii', '.hdr' or '.png'.
     """
