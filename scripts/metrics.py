@@ -78,19 +78,19 @@ class _SubjectTable(ABC):
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.rows.clear)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.gather)
-        engine.add_event_handler(Events.COMPLETED, self.gather_from_all)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.gather_from_all)
 
     def gather(self, engine: Engine) -> None:
         self.rows += [{"subject": item["subject"]} | self.measure(item) for item in segmented_subjects(engine)]
         if idist.get_rank() == 0:
             self.write()
 
-    def gather_from_all(self) -> None:
+    def gather_from_all(self, engine: Engine) -> None:
         # a subject that two processes had counts once
         self.rows = list({row["subject"]: row for row in gathered(self.rows)}.values())
         if idist.get_rank() == 0:
             self.write()
-            self.finish()
+            self.finish(engine)
 
     def write(self) -> None:
         write_csv(self.path, self.rows)
@@ -100,14 +100,15 @@ class _SubjectTable(ABC):
         """The columns for one subject, given as by `segmented_subjects`."""
 
     @abstractmethod
-    def finish(self) -> None:
-        """Say what was done, when the run is over."""
+    def finish(self, engine: Engine) -> None:
+        """Say what was done, when all subjects are in the table."""
 
 
 class ScoreTable(_SubjectTable):
     """Handler that scores each subject against its label, by `tissue_scores`.
 
-    When the run is over it prints the Dice table and writes it beside the CSV file, as `<name>.md`.
+    When the run is over it prints the Dice table and writes it beside the CSV file, as `<name>.md`; the mean scores are
+    metrics of the evaluator then.
     """
 
     def measure(self, item: dict[str, Any]) -> dict[str, float]:
@@ -119,12 +120,14 @@ class ScoreTable(_SubjectTable):
         spacing = tuple(item["label"].pixdim.tolist())
         return tissue_scores(item["pred"].as_tensor().cpu(), item["label"].as_tensor().cpu(), spacing)
 
-    def finish(self) -> None:
+    def finish(self, engine: Engine) -> None:
         table = f"Dice in percent\n\n{dice_table(self.rows)}"
         with whole_files(self.path.parent) as temporary:
             (temporary / self.path.with_suffix(".md").name).write_text(table + "\n")
         print(table)
         print(f"scores of each subject, surface distances included: {self.path}")
+        scores = [name for name in self.rows[0] if name != "subject"]
+        engine.state.metrics |= {name: float(np.mean([row[name] for row in self.rows])) for name in scores}
 
 
 class VolumeTable(_SubjectTable):
@@ -154,7 +157,7 @@ class VolumeTable(_SubjectTable):
     def measure(self, item: dict[str, Any]) -> dict[str, float]:
         return tissue_volumes(item["pred"])
 
-    def finish(self) -> None:
+    def finish(self, engine: Engine) -> None:
         print(f"subjects segmented: {len(self.rows)}; labels and volumes: {self.path.parent}")
 
 

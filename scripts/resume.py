@@ -14,7 +14,7 @@ from monai.utils import set_determinism
 from scripts.datasets import epoch_seed
 from scripts.distributed import gathered
 from scripts.errors import InputError
-from scripts.weights import load_weights
+from scripts.weights import begins, load_weights
 from scripts.writers import whole_files
 
 
@@ -91,7 +91,9 @@ class ResumableTraining:
             torch.save(state, temporary / self.path.name)
 
     def go_on(self, engine: Engine) -> None:
-        """Load the state and count on from its epoch."""
+        """Load the state and count on from its epoch, when training begins."""
+        if not begins(engine):
+            return
         if self.path.exists():
             self._load(engine)
         else:

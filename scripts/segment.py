@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 from scripts.errors import InputError, input_error_in
 from scripts.metrics import tissue_volumes
 from scripts.transforms import VolumeInMemory
-from scripts.weights import WeightsLoader
+from scripts.weights import CheckpointLoader
 from scripts.workflow import unknown_setting
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +70,7 @@ class Segmenter:
             `uncertainty`, `precision`, `window_size`, `device` and so on.
 
     Raises:
-        InputError: a setting isn't known or can't be, or as `scripts.weights.WeightsLoader`.
+        InputError: a setting isn't known or can't be, or as `scripts.weights.CheckpointLoader`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -88,7 +88,7 @@ class Segmenter:
             self.preprocessing = config.get_parsed_content("preprocessing")
             self.inferer = config.get_parsed_content("inferer")
             self.postprocessing = config.get_parsed_content("postprocessing")
-            WeightsLoader(config.get_parsed_content("checkpoints"), self.network).load()
+            CheckpointLoader(config.get_parsed_content("checkpoints"), self.network).load()
 
     def __call__(
         self,

@@ -106,8 +106,10 @@ def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
     return paths
 
 
-class WeightsLoader:
+class CheckpointLoader:
     """Handler that loads a checkpoint by `load_weights` when the engine starts: the first, if several are named.
+
+    MONAI's federated client switches off what has `CheckpointLoader` in its name, to score the weights it was sent.
 
     Args:
         checkpoints: as `checkpoint_paths` takes them; `scripts.inferers.AveragingInferer` loads the others, and
@@ -129,6 +131,11 @@ class WeightsLoader:
         first = checkpoint_paths(self.checkpoints)[0]
         if not is_exported(first):
             load_weights(self.network, first)
+
+
+def begins(engine: Engine) -> bool:
+    """Whether a trainer that starts has done nothing yet; MONAI's federated client starts it anew for each round."""
+    return engine.state.iteration == 0
 
 
 def _write(network: torch.nn.Module, path: Path) -> None:
@@ -171,7 +178,7 @@ class StepWeightsSaver:
         resume: whether such files may be there at the start, since they are this training's own.
 
     Raises:
-        InputError: when training starts and isn't resumed, if the folder holds such files of an earlier one.
+        InputError: when training begins and isn't resumed, if the folder holds such files of an earlier one.
     """
 
     def __init__(self, output_dir: str, network: torch.nn.Module, interval: int, keep: int, resume: bool) -> None:
@@ -190,8 +197,8 @@ class StepWeightsSaver:
         names = [re.fullmatch(r"step-([1-9]\d*)\.pt", path.name) for path in self.output_dir.glob("step-*.pt")]
         return sorted(int(name[1]) for name in names if name)
 
-    def require_none(self) -> None:
-        if steps := self._steps():
+    def require_none(self, engine: Engine) -> None:
+        if begins(engine) and (steps := self._steps()):
             raise InputError(
                 f"{self.output_dir}/step-{steps[0]}.pt: is of an earlier training; choose another --output_dir, "
                 f"or go on with that one by --resume True"
@@ -205,7 +212,7 @@ class StepWeightsSaver:
 
 
 class EarlierWeightsKeeper:
-    """Handler that, when training starts, copies the checkpoint that it will replace.
+    """Handler that, when training begins, copies the checkpoint that it will replace.
 
     Args:
         path: the checkpoint; the copy beside it is named after the content, so that none is kept twice.
@@ -218,8 +225,8 @@ class EarlierWeightsKeeper:
         engine.add_event_handler(Events.STARTED, self.keep)
 
     @idist.one_rank_only()
-    def keep(self) -> None:
-        if not self.path.is_file():
+    def keep(self, engine: Engine) -> None:
+        if not begins(engine) or not self.path.is_file():
             return
         digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
         copy = self.path.with_name(f"{self.path.stem}-{digest}{self.path.suffix}")

@@ -3,11 +3,13 @@
 import ctypes
 import difflib
 import inspect
+import os
 import platform
 import re
 import sys
 import warnings
 from collections.abc import Collection, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
 from typing import Any
@@ -48,6 +50,14 @@ def _names_at(config: ConfigParser, parent: str) -> set[str]:
     return names
 
 
+def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of `monai.bundle run`, those of its `--args_file` included."""
+    options = given_options(arguments)
+    if "args_file" in options:
+        options = ConfigParser.load_config_file(options["args_file"]) | options
+    return options
+
+
 def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     """Refuse a command-line override that names nothing in the configs; MONAI would accept and ignore it.
 
@@ -57,9 +67,7 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     Raises:
         InputError: a name isn't known, with the nearest known one.
     """
-    options = given_options(arguments)
-    if "args_file" in options:
-        options = ConfigParser.load_config_file(options["args_file"]) | options
+    options = _run_options(arguments)
     if "config_file" not in options:  # not started from the command line
         return
     config = ConfigParser(ConfigParser.load_config_files(options["config_file"]))
@@ -67,6 +75,12 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     for name in options:
         if hint := unknown_setting(name, config, of_monai):
             raise InputError(f"--{name}: no such setting; {hint}")
+
+
+def require_tracking_package(arguments: Sequence[str]) -> None:
+    """Refuse `--tracking mlflow` among the arguments of `monai.bundle run`, by InputError, where MLflow is missing."""
+    if _run_options(arguments).get("tracking") == "mlflow" and find_spec("mlflow") is None:
+        raise InputError("--tracking mlflow: a package is missing; pip install mlflow==3.17.2")
 
 
 def unknown_setting(name: str, config: ConfigParser, others: Collection[str] = ()) -> str | None:
@@ -137,7 +151,7 @@ def start(seed: int) -> None:
         seed: for Python, NumPy and torch.
 
     Raises:
-        InputError: as `refuse_unknown_overrides`.
+        InputError: as `refuse_unknown_overrides` and `require_tracking_package`.
     """
     # MONAI's surface distances warn of an argument that MONAI itself passes
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
@@ -145,5 +159,8 @@ def start(seed: int) -> None:
     if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
         show_input_errors_in_one_line()
         refuse_unknown_overrides(sys.argv[1:])
+        require_tracking_package(sys.argv[1:])
+    # MLflow, if there is one, would tell its makers of its use
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     keep_freed_memory()
     set_determinism(seed)

@@ -22,7 +22,7 @@ from scripts.errors import InputError
 from scripts.exported import ONNXRUNTIME, ExportedNetwork
 from scripts.inferers import AveragingInferer, LargestWindowInferer, MixedPrecisionInferer
 from scripts.network import SkipDenseSeg
-from scripts.weights import WeightsLoader
+from scripts.weights import CheckpointLoader
 
 CPU = torch.device("cpu")
 FP32 = MixedPrecisionInferer(SimpleInferer(), "fp32")
@@ -173,7 +173,7 @@ def test_only_a_checkpoint_is_loaded_into_the_network(files, network):
     for name, loaded in (("model.onnx", False), (["model.ts", "model.pt"], False), (["model.pt", "model.ts"], True)):
         own = SkipDenseSeg()
         engine = Engine(lambda engine, batch: None)
-        WeightsLoader([str(files / n) for n in np.atleast_1d(name)], own).attach(engine)
+        CheckpointLoader([str(files / n) for n in np.atleast_1d(name)], own).attach(engine)
         engine.run([0])
         assert torch.equal(own.conv_class.weight, network.conv_class.weight) == loaded
 
