@@ -10,7 +10,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.bundle import ConfigParser
+from monai.bundle import ConfigParser, ReferenceResolver
 from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
@@ -78,7 +78,7 @@ class Segmenter:
         for name in settings:
             if hint := unknown_setting(name, config):
                 raise InputError(f"{name}: no such setting; {hint.replace('--', '')}")
-            if name in OF_THE_COMMAND:
+            if ReferenceResolver.split_id(name)[0] in OF_THE_COMMAND:
                 raise InputError(f"{name}: is a setting of the command, which reads and writes folders; leave it out")
         config.update({"bundle_root": str(ROOT), "probabilities": True, **settings})
         # a new network draws its weights at random, which the checkpoint then replaces

@@ -133,6 +133,7 @@ def test_the_process_is_left_as_it_was(paths, capfd, caplog, monkeypatch, tmp_pa
     [
         ({"checkpoint": "x.pt"}, "checkpoint: no such setting; did you mean checkpoints?"),
         ({"output_dir": "x"}, "output_dir: is a setting of the command"),
+        ({"dataset#data": []}, "dataset#data: is a setting of the command"),
         ({"flips": "yes"}, "--flips yes: must be True or False"),
         ({"uncertainty": "some"}, "--uncertainty some: must be None, network, flips, dropout"),
         ({"ckpt_dir": "nowhere"}, "nowhere/model.pt: no such checkpoint"),
