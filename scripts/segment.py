@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[1]
 # what of configs/inference.json is about the files of the command
 OF_THE_COMMAND = {
     *("bundle_root", "dataset_dir", "local_dataset_dir", "output_dir", "local_output_dir", "subjects", "label_suffix"),
+    *("tracking_uri", "experiment_name", "run_name", "save_execute_config", "tracked_handlers"),
     *("probabilities", "rank", "dataset", "dataloader", "handlers", "evaluator", "initialize", "run"),
 }
 
