@@ -8,6 +8,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from io import BytesIO
 from pathlib import Path
 
 import nibabel as nib
@@ -16,6 +17,8 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
 from monai.bundle import ConfigParser, ConfigWorkflow
+from PIL import Image
+from test_tracking import is_picture, tensorboard_log
 
 from scripts.errors import InputError
 from scripts.metrics import tissue_scores
@@ -82,7 +85,13 @@ def test_training_leaves_the_best_network_the_last_epoch_and_a_log(trained):
     assert {"model", "optimizer", "lr_scheduler", "progress"} <= set(last)
     assert last["lr_scheduler"]["last_epoch"] == 4  # two epochs of two steps
     assert {path.name for path in trained.glob("*.pt")} == {"model.pt", "last.pt"}
-    assert list(trained.glob("events.out.tfevents*"))
+    log = tensorboard_log(trained)
+    for name in ("train_loss", "val_mean_dice", "val_mean_dice_csf"):
+        assert [value.step for value in log.Scalars(name)] == [1, 2], name
+    assert [value.step for value in log.Scalars("train_step_loss")] == [1, 2, 3, 4]
+    pictures = log.Images("validation/subject-9")
+    assert [picture.step for picture in pictures] == [1, 2]
+    assert all(is_picture(np.asarray(Image.open(BytesIO(p.encoded_image_string)))) for p in pictures)
 
 
 def test_training_again_keeps_the_earlier_weights(dataset, trained, tmp_path):

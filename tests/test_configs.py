@@ -25,8 +25,10 @@ def load(name: str) -> dict:
 
 def test_what_stands_in_train_and_inference_is_the_same():
     train, inference = load("train"), load("inference")
-    for name in set(train) & set(inference) - {"run", "initialize"}:
+    for name in set(train) & set(inference) - {"run", "initialize", "run_name"}:
         assert inference[name] == train[name], name
+    assert train["run_name"].pop("resume") == "@resume"
+    assert train["run_name"] | {"kind": "inference"} == inference["run_name"]
     assert inference["initialize"] == train["initialize"]
     assert inference["preprocessing"]["transforms"] == train["train"]["deterministic_transforms"]
     # validation in training scores the network that is trained; evaluate.json puts the average around its inferer
