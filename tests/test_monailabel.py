@@ -32,6 +32,9 @@ from scripts.transforms import read_volume
 pytestmark = [
     pytest.mark.monailabel,
     pytest.mark.skipif(importlib.util.find_spec("monailabel") is None, reason="run by `make test-monailabel`"),
+    # the client of MONAI Label's plugin for 3D Slicer
+    pytest.mark.filterwarnings("ignore:'cgi' is deprecated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),
 ]
 
 PAGE = "docs/annotating_in_3d_slicer.md"
@@ -115,7 +118,7 @@ class Slicer:
         config = self.client.info()[section][NAME]["config"]
         return {name: value[0] if isinstance(value, list) else value for name, value in config.items()}
 
-    def segment(self, image: str, session: str | None = None, **options):
+    def segment(self, image: str, session: str | None = None, /, **options):
         params = self.options("models") | {"result_extension": ".nrrd", "result_dtype": "uint8"} | options
         result, told = self.client.infer(NAME, image, params, session_id=session)
         assert told["label_names"] == {"csf": 1, "grey matter": 2, "white matter": 3}
@@ -257,11 +260,15 @@ def test_nifti_result_as_it_is_downloaded(home, slicer, first_labels):
 
 
 def refused(slicer: Slicer, image: str) -> str:
-    """The last line of the server's log after it refused to segment an image."""
+    """What the server's log says of an image that it refused to segment."""
+    told = len(slicer.log.read_text())
     with pytest.raises(slicer.module.MONAILabelClientException, match="500"):
         slicer.segment(image)
-    time.sleep(1)  # until the server has written why
-    return slicer.log.read_text().strip().splitlines()[-1]
+    for _ in range(300):
+        if reason := re.search(r"InputError: .*\n", slicer.log.read_text()[told:]):
+            return reason[0]
+        time.sleep(0.1)
+    pytest.fail(slicer.log.read_text()[told:])
 
 
 def test_image_that_can_not_be_segmented(home, slicer, both, tmp_path):
@@ -270,6 +277,7 @@ def test_image_that_can_not_be_segmented(home, slicer, both, tmp_path):
     slicer.client.upload_image(str(t1), "subject-8-T1")
     alone, looked_for = (f"{home.scans}/subject-8-{kind}.nii.gz" for kind in ("T1", "T2"))
     assert f"InputError: {looked_for}: not found, and {alone} holds T1 alone" in refused(slicer, "subject-8-T1")
+    Path(alone).unlink()
     slicer.client.upload_image(str(t1), "volume")
     assert "volume.nii.gz: holds one volume, and its name doesn't end in -T1" in refused(slicer, "volume")
     values = np.asarray(nib.load(both).dataobj)
@@ -295,7 +303,7 @@ def test_training_and_the_way_back(home, slicer, first_labels, brains):
 
     # stopped in its first epoch
     slicer.train(max_epochs=50)
-    while "training: [2/36]" not in slicer.log.read_text():
+    while "[2/36]" not in slicer.log.read_text():
         assert slicer.client.train_status()["status"] in ("SUBMITTED", "RUNNING"), slicer.log.read_text()
         time.sleep(0.2)
     assert slicer.client.train_stop()["status"] == "STOPPED"
@@ -342,17 +350,15 @@ BundleTrainTask(model, {})(json.loads(request), LocalDatastore(scans, extensions
 """
 
 
-@pytest.mark.parametrize("labels", [1, 2])
-def test_training_on_several_devices_and_with_too_few_labels_to_validate(home, brains, tmp_path, labels):
+def test_training_on_several_devices_and_with_too_few_labels_to_validate(home, brains, tmp_path):
     """What MONAI Label starts where it sees several GPUs; here two processes on the CPU, and a training of seconds."""
     model, scans = tmp_path / "model", tmp_path / "scans"
     shutil.copytree(home.model, model, ignore=shutil.ignore_patterns("model-*.pt", "*~", "eval"))
     config = json.loads((model / "configs" / "train.json").read_text())
     config |= {"crops_per_epoch": 2, "patch_size": [32, 32, 32]}
     (model / "configs" / "train.json").write_text(json.dumps(config))
-    for subject in range(1, labels + 1):
-        save_subject(scans, str(subject), brains[0], False, ".nii.gz")
-        save_volume(scans / "labels" / "final" / f"subject-{subject}-label.nii.gz", brains[0]["label"].astype(np.uint8))
+    save_subject(scans, "1", brains[0], False, ".nii.gz")
+    save_volume(scans / "labels" / "final" / "subject-1-label.nii.gz", brains[0]["label"].astype(np.uint8))
     request = {
         "model": NAME, "device": "cpu", "pretrained": True, "max_epochs": 1, "val_split": 0.2, "tracking": "None",
         "tracking_uri": "", "run_id": "", "model_filename": "model.pt", "force_multi_gpu": True, "gpus": "0,1",
@@ -365,7 +371,7 @@ def test_training_on_several_devices_and_with_too_few_labels_to_validate(home, b
     assert result.returncode == 0, said
     assert "Return code: 0" in said
     assert said.count("best network:") == 1
-    assert f"no subject is left to validate: the {labels} that train do" in said
+    assert "no subject is left to validate: the 1 that train do" in said
     assert (model / "eval" / "rank-1.log").exists()
 
 
