@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
 
-.PHONY: demo bench test test-slow test-all lint weights package
+.PHONY: demo bench test test-slow test-monailabel test-all lint weights package
 
 # phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
 demo: demo/.segmented
@@ -41,6 +41,11 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile
 
+# a real MONAI Label server with the bundle, in an environment of its own
+test-monailabel: $(VENV)-monailabel/.installed
+	$(VENV)-monailabel/bin/python -W ignore -c "import monailabel"
+	$(VENV)-monailabel/bin/python -m pytest -m monailabel tests/test_monailabel.py
+
 test-all: test test-slow
 
 lint: $(VENV)/.installed-dev
@@ -72,4 +77,14 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/pip
 
 $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+	@touch $@
+
+# as docs/annotating_in_3d_slicer.md says
+$(VENV)-monailabel/.installed: requirements.txt requirements-monailabel.txt requirements-monailabel-no-deps.txt
+	$(PYTHON) -m venv $(VENV)-monailabel
+	@echo "installing MONAI Label and what it needs into $(VENV)-monailabel: 3 GB, some minutes"
+	$(VENV)-monailabel/bin/pip install --quiet $$(grep '^torch==' requirements.txt)
+	$(VENV)-monailabel/bin/pip install --quiet --no-deps -r requirements-monailabel-no-deps.txt
+	$(VENV)-monailabel/bin/pip install --quiet -r requirements-monailabel.txt
+	$(VENV)-monailabel/bin/pip install --quiet $$(grep '^pytest==' requirements-dev.txt)
 	@touch $@

@@ -49,13 +49,13 @@ class _Tee(io.TextIOBase):
 def join(output_dir: str, device: torch.device | str) -> None:
     """Join the processes that `torchrun` started, if it did; each logs and prints to `output_dir/rank-<n>.log`.
 
-    The first shows it on the terminal as well.
+    The first shows it on the terminal as well. A second call does nothing: MONAI Label has the config initialize twice.
 
     Args:
         output_dir: the folder for the logs.
         device: that of this process; its kind decides how the processes talk to each other.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or torch.distributed.is_initialized():
         return
     device = torch.device(device)
     if device.type != "cpu":

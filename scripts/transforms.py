@@ -1,7 +1,9 @@
 """From the files of a subject to what the network takes: load, check, normalise."""
 
-from collections.abc import Hashable, Mapping
+import re
+from collections.abc import Hashable, Mapping, Sequence
 from enum import IntEnum
+from pathlib import Path
 from typing import Any
 
 import h5py
@@ -39,17 +41,17 @@ LARGEST_BRAIN = 2000
 LONGEST_HDF5_SIDE = 512
 
 
-def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read one Analyze or NIfTI volume.
+def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read the volumes of one Analyze or NIfTI file.
 
     Args:
-        path: `.hdr`, `.nii` or `.nii.gz`; axes after the third must have length 1.
+        path: `.hdr`, `.nii` or `.nii.gz`; several volumes lie along the axes after the third.
 
     Returns:
-        Scaled values as float32 (X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
+        Scaled values as float32 (volumes, X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
 
     Raises:
-        InputError: the file can't be read whole, isn't a 3-D volume, or has NaN or infinite values.
+        InputError: the file can't be read whole, has fewer than three axes, or has NaN or infinite values.
     """
     try:
         image = path.image if isinstance(path, VolumeInMemory) else nib.load(path, mmap=False)
@@ -57,13 +59,32 @@ def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
     except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: can't be read ({reason}); copy or convert the file again") from error
-    while values.ndim > 3 and values.shape[-1] == 1:
-        values = values[..., 0]
-    if values.ndim != 3:
+    if values.ndim < 3:
         raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume a file")
     if not np.isfinite(values).all():
         raise InputError(f"{path}: has NaN or infinite values; replace them, outside the brain by 0")
-    return values, image.affine
+    # by Fortran's order, which is that on disk, a view of it
+    volumes = values.reshape(*values.shape[:3], -1, order="F")
+    return np.moveaxis(volumes, -1, 0), image.affine
+
+
+def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
+    """Read an Analyze or NIfTI file of one volume.
+
+    Args:
+        path: as `read_volumes` takes it; axes after the third must have length 1.
+
+    Returns:
+        Scaled values as float32 (X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
+
+    Raises:
+        InputError: as `read_volumes`, or the file has several volumes.
+    """
+    volumes, affine = read_volumes(path)
+    if len(volumes) != 1:
+        shape = (*volumes.shape[1:], len(volumes))
+        raise InputError(f"{path}: shape {shape} isn't a 3-D volume; give one volume a file")
+    return volumes[0], affine
 
 
 def require_same_grid(
@@ -76,6 +97,56 @@ def require_same_grid(
         )
     if not np.allclose(affine, t1_affine, atol=1e-2):
         raise InputError(f"{path}: its affine differs from that of {t1_path}; register and resample it to T1")
+
+
+def t2_beside(t1_path: str) -> str:
+    """The path of the T2 that belongs to a T1 by its name: `subject-9-T1.nii.gz` has `subject-9-T2.nii.gz` beside it.
+
+    Args:
+        t1_path: a name that ends, before its suffix, in T1 or t1 as a part of its own; T2 or t2 takes its place.
+
+    Raises:
+        InputError: the name isn't so, or there is no such T2.
+    """
+    name = Path(t1_path).name
+    t2_name, replaced = re.subn(r"(?<![^-_])([Tt])1(?=\.(?i:hdr|img|nii|nii\.gz)$)", r"\g<1>2", name)
+    if not replaced:
+        raise InputError(
+            f"{t1_path}: holds one volume, and its name doesn't end in -T1, so no T2 can be looked for beside it; "
+            f"give one 4-D file of T1 and T2, or two files named subject-<id>-T1 and subject-<id>-T2"
+        )
+    t2_path = Path(t1_path).with_name(t2_name)
+    if not t2_path.is_file():
+        raise InputError(f"{t2_path}: not found, and {t1_path} holds T1 alone; put the T2 there, or both in a 4-D file")
+    return str(t2_path)
+
+
+def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, str]:
+    """Read T1 and T2 of a subject.
+
+    Args:
+        image: paths of T1 and T2; or one path, of a 4-D file of the two, or of a T1 that has its T2 beside it.
+
+    Returns:
+        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and the path of the file that T1 is from.
+
+    Raises:
+        InputError: as `read_volumes`, `t2_beside` and `require_same_grid`, or a single file has more than two volumes.
+    """
+    if isinstance(image, str):
+        t1_path = image
+        volumes, affine = read_volumes(image)
+        if len(volumes) == 2:
+            return np.stack(volumes), affine, t1_path
+        if len(volumes) != 1:
+            raise InputError(f"{image}: holds {len(volumes)} volumes, not two; give T1 and T2, in this order")
+        t1, t2_path = volumes[0], t2_beside(image)
+    else:
+        t1_path, t2_path = image
+        t1, affine = read_volume(t1_path)
+    t2, t2_affine = read_volume(t2_path)
+    require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
+    return np.stack([t1, t2]), affine, t1_path
 
 
 def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
@@ -196,9 +267,9 @@ def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTenso
 class LoadSubjectd(Transform):
     """Load the T1, T2 and label of a subject and check that they belong together.
 
-    Takes a dict with `image` ([T1 path, T2 path]) and, where there is one, `label` (a path); all three the same `.h5`
-    where that holds the subject. Where there is a `mask` (a path), T1 and T2 become 0 where it isn't above 0. Gives, on
-    the grid of the T1 file and with its affine, a copy with:
+    Takes a dict with `image` (as `read_t1_and_t2` has it) and, where there is one, `label` (a path); `image` is the
+    path of the `.h5` twice, and `label` the same, where that holds the subject. Where there is a `mask` (a path), T1
+    and T2 become 0 where it isn't above 0. Gives, on the grid of the T1 file and with its affine, a copy with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or from HDF5 as `read_hdf5` gives them
     - `t1`: float32 (1, X, Y, Z), the first channel once more, to be kept on its own grid
@@ -207,32 +278,32 @@ class LoadSubjectd(Transform):
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
 
     Raises:
-        InputError: as `read_volume`, `tissue_labels`, `read_hdf5` and `require_brain_only`, or the volumes differ in
-            grid.
+        InputError: as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `read_hdf5` and `require_brain_only`, or mask
+            or label differ in grid.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
-        t1_path, t2_path = data["image"]
         label = None
+        t1_path = data["image"] if isinstance(data["image"], str) else data["image"][0]
         if t1_path.endswith(".h5"):
             image, label = read_hdf5(t1_path)
             affine = ISEG_AFFINE.copy()
         else:
-            t1, affine = read_volume(t1_path)
-            t2, t2_affine = read_volume(t2_path)
-            require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
-            image = np.stack([t1, t2])
+            image, affine, t1_path = read_t1_and_t2(data["image"])
             if "mask" in data:
                 mask, mask_affine = read_volume(data["mask"])
-                require_same_grid(data["mask"], mask, mask_affine, t1_path, t1, affine)
+                require_same_grid(data["mask"], mask, mask_affine, t1_path, image[0], affine)
                 image *= mask > 0
             if "label" in data:
                 values, label_affine = read_volume(data["label"])
-                require_same_grid(data["label"], values, label_affine, t1_path, t1, affine)
+                require_same_grid(data["label"], values, label_affine, t1_path, image[0], affine)
                 label = tissue_labels(values, data["label"])
         require_brain_only(image[0], affine, t1_path)
         loaded = dict(data)
         loaded["image"] = _meta_tensor(image, affine, t1_path)
+        # where an image has a NIfTI file's name, Spacingd takes any `image_...` beside it, such as the `image_path` of
+        # MONAI Label, for a dict of its meta data
+        loaded["image"].meta["t1_path"] = loaded["image"].meta.pop("filename_or_obj")
         loaded["t1"] = _meta_tensor(image[:1].copy(), affine, t1_path)
         if label is not None:
             loaded["label"] = _meta_tensor(label[None], affine, data["label"])
@@ -259,7 +330,7 @@ class NormalizeByT1Maskd(MapTransform):
             for name, spread in zip(("T1", "T2"), deviation.tolist(), strict=True):
                 if spread == 0:
                     raise InputError(
-                        f"{image.meta['filename_or_obj']}: the {name} of this subject is constant inside the brain; "
+                        f"{image.meta['t1_path']}: the {name} of this subject is constant inside the brain; "
                         f"give the scan itself, not a mask"
                     )
             scale = tuple(value.to(channels.dtype)[:, None, None, None] for value in (mean, deviation))

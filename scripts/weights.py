@@ -11,6 +11,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import Evaluator
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError
@@ -75,6 +76,19 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
     state = state.get("model", state) if isinstance(state, dict) else {}
     require_fit(state, network, path, "set network_def to the network it was trained with")
     network.load_state_dict(state)
+
+
+def holds(path: str | Path, network: torch.nn.Module) -> bool:
+    """Whether a checkpoint is there that has the very weights of a network; one that can't be read has not."""
+    if not Path(path).is_file():
+        return False
+    try:
+        state = read_checkpoint(str(path))
+    except InputError:
+        return False
+    weights = network.state_dict()
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name].cpu()) for name in weights)
 
 
 def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
@@ -147,7 +161,7 @@ class BestWeightsSaver:
     """Handler of an evaluator that writes the network each time its key metric is better than ever before.
 
     MONAI's CheckpointSaver removes the former file and then writes the new one in place, so that a process that ends
-    between the two leaves none. Here what is under the name is always whole.
+    between the two leaves none. Here what is under the name is always whole. What is that network already stays.
 
     Args:
         path: the checkpoint, a state dict.
@@ -163,8 +177,34 @@ class BestWeightsSaver:
 
     @idist.one_rank_only()
     def save(self, engine: Engine) -> None:
-        if engine.state.best_metric_epoch == engine.state.epoch:
+        if engine.state.best_metric_epoch == engine.state.epoch and not holds(self.path, self.network):
             _write(self.network, self.path)
+
+
+class FoundWeightsValidator:
+    """Handler of a trainer that validates the checkpoint which training will replace, if training starts from it.
+
+    Then only a network that is better on the validation subjects replaces it. MONAI Label trains so.
+
+    Args:
+        path: the checkpoint, as `BestWeightsSaver` has it.
+        network: that is trained, its weights loaded by the time when training starts.
+        validator: the evaluator that has the `BestWeightsSaver`.
+    """
+
+    def __init__(self, path: str, network: torch.nn.Module, validator: Evaluator) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.validator = validator
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.validate)
+
+    def validate(self) -> None:
+        if holds(self.path, self.network):
+            print(f"training starts from {self.path}, which stays unless a network is better than it")
+            self.validator.run()
+            self.validator.state.best_metric_epoch = 0  # it ran as epoch 1, which is yet to come
 
 
 class StepWeightsSaver:

@@ -109,11 +109,11 @@ def write_label(path: str | Path, label: np.ndarray, t1_path: str) -> None:
     Args:
         path: `.nii.gz` or `.nii` for values 0 to 3, `.hdr` for an Analyze pair with iSeg's 0, 10, 150, 250.
         label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, on the grid of the T1 file.
-        t1_path: the T1 file.
+        t1_path: the T1 file, or the 4-D file of T1 and T2.
     """
     path = Path(path)
     t1 = nib.load(t1_path)
-    label = label.reshape(t1.shape)
+    label = label.reshape(label.shape + (1,) * (len(t1.shape) - 3))  # once, also where the file holds T1 and T2
     if path.suffix == ".hdr":
         values = np.array(ISEG_VALUES, dtype=np.uint8)[label]
         header = t1.header if isinstance(t1, nib.Spm2AnalyzeImage) else None

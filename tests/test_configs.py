@@ -144,6 +144,15 @@ def test_every_expression_parses_with_no_dataset_present(tmp_path):
     assert isinstance(parser.get_parsed_content("validate#evaluator"), SupervisedEvaluator)
 
 
+def test_schedule_is_that_of_the_epochs_that_are_trained(dataset):
+    """MONAI Label sets those of the trainer, and not `epochs`."""
+    parser = ConfigParser()
+    parser.read_config(CONFIGS / "train.json")
+    parser.update({"dataset_dir": str(dataset), "bundle_root": str(ROOT), "train#trainer#max_epochs": 3})
+    steps = 3 * load("train")["crops_per_epoch"]
+    assert parser.get_parsed_content("lr_scheduler").total_steps == steps
+
+
 def test_inferer_takes_the_network_it_is_given_where_no_checkpoint_is(tmp_path):
     """As MONAI Label does, which loads weights by itself."""
     parser = ConfigParser()

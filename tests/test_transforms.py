@@ -3,6 +3,7 @@ import pytest
 import torch
 from conftest import save_subject, save_volume
 from monai.data import CacheDataset, DataLoader, Dataset
+from monai.transforms import Spacingd
 
 from scripts.errors import InputError
 from scripts.subjects import find_subjects
@@ -71,6 +72,75 @@ def test_loaded_subject(tmp_path):
     np.testing.assert_array_equal(loaded["label"], np.searchsorted([0, 10, 150, 250], label)[None])
     assert loaded["subject"] == "1"
     assert loaded["image"].affine.diag().tolist() == [-1, 1, 1, 1]
+
+
+AFFINE = np.array([[0, 0, 1.5, -3], [-1.2, 0, 0, 5], [0, 2.0, 0, 7], [0, 0, 0, 1.0]])
+
+
+@pytest.mark.parametrize("axes", [(), (1,)])
+def test_one_file_of_t1_and_t2(tmp_path, axes):
+    values = np.stack([VALUES, VALUES + 7], axis=-1).reshape(*VALUES.shape, *axes, 2)
+    save_volume(tmp_path / "both.nii.gz", values, AFFINE)
+    for kind, volume in (("T1", VALUES), ("T2", VALUES + 7)):
+        save_volume(tmp_path / f"subject-1-{kind}.nii.gz", volume, AFFINE)
+    loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz")})
+    pair = LoadSubjectd()(find_subjects(str(tmp_path))[0])
+    for key in ("image", "t1"):
+        np.testing.assert_array_equal(loaded[key], pair[key])
+        np.testing.assert_array_equal(loaded[key].affine, pair[key].affine)
+    assert loaded["t1"].meta["filename_or_obj"] == str(tmp_path / "both.nii.gz")
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_file_of_more_than_two_volumes(tmp_path, count):
+    save_volume(tmp_path / "more.nii.gz", np.stack([VALUES] * count, axis=-1))
+    with pytest.raises(InputError, match=f"more.nii.gz: holds {count} volumes, not two; give T1 and T2, in this order"):
+        LoadSubjectd()({"image": str(tmp_path / "more.nii.gz")})
+
+
+@pytest.mark.parametrize(
+    ("t1", "t2"),
+    [
+        ("subject-9-T1.nii.gz", "subject-9-T2.nii.gz"),
+        ("subject-t1-t1.nii", "subject-t1-t2.nii"),
+        ("subject-9-T1.hdr", "subject-9-T2.hdr"),
+        ("sub_T1.nii.gz", "sub_T2.nii.gz"),
+        ("T1.nii.gz", "T2.nii.gz"),
+    ],
+)
+def test_t2_is_found_beside_its_t1(tmp_path, t1, t2):
+    save_volume(tmp_path / t1, VALUES)
+    save_volume(tmp_path / t2, VALUES + 7)
+    loaded = LoadSubjectd()({"image": str(tmp_path / t1)})
+    np.testing.assert_array_equal(loaded["image"], np.stack([VALUES, VALUES + 7]))
+
+
+def test_t1_without_its_t2(tmp_path):
+    save_volume(tmp_path / "subject-9-T1.nii.gz", VALUES)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/subject-9-T2.nii.gz: not found, and .*subject-9-T1.* T1 alone"):
+        LoadSubjectd()({"image": str(tmp_path / "subject-9-T1.nii.gz")})
+
+
+@pytest.mark.parametrize("name", ["tmpt1x_9a.nii.gz", "subjectT1.nii.gz", "subject-T11.nii.gz", "subject-9-T1w.nii.gz"])
+def test_name_that_does_not_say_t1(tmp_path, name):
+    save_volume(tmp_path / name, VALUES)
+    save_volume(tmp_path / name.replace("T1", "T2").replace("t1", "t2"), VALUES)
+    with pytest.raises(InputError, match=f"{name}: holds one volume, and its name doesn't end in -T1"):
+        LoadSubjectd()({"image": str(tmp_path / name)})
+
+
+def test_t2_beside_on_another_grid(tmp_path):
+    save_volume(tmp_path / "subject-9-T1.nii.gz", VALUES)
+    save_volume(tmp_path / "subject-9-T2.nii.gz", VALUES[1:])
+    with pytest.raises(InputError, match=r"T2.nii.gz: shape \(4, 6, 7\) differs"):
+        LoadSubjectd()({"image": str(tmp_path / "subject-9-T1.nii.gz")})
+
+
+def test_path_beside_the_image_does_not_disturb_a_change_of_voxel_size(tmp_path):
+    """MONAI Label puts `image_path` there."""
+    save_volume(tmp_path / "both.nii.gz", np.stack([VALUES, VALUES], axis=-1))
+    loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz"), "image_path": "both.nii.gz"})
+    assert Spacingd("image", pixdim=[2, 2, 2])(loaded)["image_path"] == "both.nii.gz"
 
 
 def test_volumes_that_do_not_belong_together(tmp_path):

@@ -3,14 +3,18 @@ import errno
 import pytest
 import torch
 from ignite.engine import Engine, Events
+from ignite.metrics import Average
+from monai.engines import SupervisedEvaluator
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
 from scripts.weights import (
     BestWeightsSaver,
     EarlierWeightsKeeper,
+    FoundWeightsValidator,
     StepWeightsSaver,
     checkpoint_paths,
+    holds,
     load_weights,
 )
 
@@ -139,6 +143,50 @@ def test_best_network_is_kept(tmp_path, evaluator):
     evaluator.run([0], max_epochs=3)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.pt"]
     assert weight(tmp_path / "new" / "model.pt") == 2
+
+
+def test_checkpoint_that_holds_a_network(checkpoint):
+    path, network = checkpoint
+    assert holds(path, network)
+    assert not holds(path.with_name("absent.pt"), network)
+    assert not holds(path, SkipDenseSeg())
+    assert not holds(path, SkipDenseSeg(block_config=(4,)))
+    torch.save({"model": network.state_dict(), "epoch": 3}, path)
+    assert holds(path, network)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert not holds(path, network)
+
+
+@pytest.mark.parametrize(
+    ("weights", "found", "left", "replaced"),
+    [
+        ([1.0, 1.5], 2.0, 2.0, False),  # nothing better than what was found
+        ([1.0, 3.0], 2.0, 3.0, True),
+        ([3.0, 2.5], 2.0, 3.0, True),
+        ([1.0, 0.5], None, 1.0, True),  # another file was found than training starts from
+    ],
+)
+def test_weights_found_are_replaced_by_better_ones_only(tmp_path, weights, found, left, replaced):
+    path = tmp_path / "model.pt"
+    network = torch.nn.Linear(1, 1, bias=False)
+    network.weight.data.fill_(2.0)
+    torch.save(network.state_dict() if found else {"weight": torch.tensor([[9.0]])}, path)
+    content = path.read_bytes()
+    # scores a network by its weight
+    evaluator = SupervisedEvaluator(
+        device=torch.device("cpu"),
+        val_data_loader=[{"image": torch.ones(1, 1), "label": torch.ones(1, 1)}],
+        network=network,
+        decollate=False,
+        key_val_metric={"weight": Average(output_transform=lambda output: output["pred"].item())},
+        val_handlers=[BestWeightsSaver(str(path), network)],
+    )
+    trainer = Engine(lambda engine, batch: network.weight.data.fill_(weights[engine.state.epoch - 1]))
+    FoundWeightsValidator(str(path), network, evaluator).attach(trainer)
+    trainer.add_event_handler(Events.EPOCH_COMPLETED, lambda: evaluator.run(trainer.state.epoch))
+    trainer.run([0], max_epochs=2)
+    assert weight(path) == left
+    assert (path.read_bytes() != content) == replaced
 
 
 def test_interrupted_save_leaves_the_former_checkpoint(tmp_path, evaluator, monkeypatch):

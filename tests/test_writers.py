@@ -95,3 +95,11 @@ def test_analyze_label_of_a_nifti_t1_keeps_its_affine(tmp_path):
 def test_unknown_suffix():
     with pytest.raises(InputError, match=r"label_suffix must be .* got '.mha'"):
         LabelSaver("out", ".mha")
+
+
+def test_label_of_a_file_of_t1_and_t2(tmp_path):
+    nib.save(nib.Nifti1Image(np.zeros((*LABEL.shape, 2), np.int16), OBLIQUE), tmp_path / "both.nii.gz")
+    write_label(tmp_path / "label.nii.gz", LABEL, str(tmp_path / "both.nii.gz"))
+    label = nib.load(tmp_path / "label.nii.gz")
+    np.testing.assert_array_equal(label.get_fdata()[..., 0], LABEL)
+    np.testing.assert_allclose(label.affine, OBLIQUE, atol=1e-6)
