@@ -62,8 +62,7 @@ class ProbabilitySaver(BackgroundWriter):
 
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
-        files = f"{self.output_dir}/subject-<id>-probability-*.nii.gz"
-        engine.add_event_handler(Events.COMPLETED, lambda: print(f"probabilities: {files}"))
+        engine.add_event_handler(Events.COMPLETED, lambda: print(f"probabilities: {self.output_dir}"))
 
     def write(self, item: dict[str, Any]) -> None:
         for tissue in Tissue:
@@ -84,8 +83,7 @@ class UncertaintySaver(BackgroundWriter):
 
     def attach(self, engine: Engine) -> None:
         super().attach(engine)
-        files = f"{self.output_dir}/subject-<id>-uncertainty.nii.gz"
-        engine.add_event_handler(Events.COMPLETED, lambda: print(f"uncertainty: {files}"))
+        engine.add_event_handler(Events.COMPLETED, lambda: print(f"uncertainty: {self.output_dir}"))
 
     def write(self, item: dict[str, Any]) -> None:
         path = result_path(self.output_dir, item, "uncertainty", ".nii.gz")

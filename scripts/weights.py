@@ -200,8 +200,8 @@ class FoundWeightsValidator:
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.STARTED, self.validate)
 
-    def validate(self) -> None:
-        if holds(self.path, self.network):
+    def validate(self, engine: Engine) -> None:
+        if begins(engine) and holds(self.path, self.network):
             print(f"training starts from {self.path}, which stays unless a network is better than it")
             self.validator.run()
             self.validator.state.best_metric_epoch = 0  # it ran as epoch 1, which is yet to come

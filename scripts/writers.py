@@ -14,6 +14,7 @@ from weakref import WeakSet
 import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
+from nibabel.spatialimages import SpatialImage
 
 from scripts.bids import derivative_path
 from scripts.errors import InputError
@@ -103,6 +104,11 @@ def write_analyze(path: str | Path, values: np.ndarray, description: str = "") -
     nib.save(image, path)
 
 
+def _as_one_volume(values: np.ndarray, t1: SpatialImage) -> np.ndarray:
+    """Values (X, Y, Z) with as many axes as the file of T1 has, all after the third of length 1, even if it has T2."""
+    return values.reshape(values.shape + (1,) * (len(t1.shape) - 3))
+
+
 def write_label(path: str | Path, label: np.ndarray, t1_path: str) -> None:
     """Write tissue labels so that they open beside the T1: same shape (a fourth dimension included) and affine.
 
@@ -113,7 +119,7 @@ def write_label(path: str | Path, label: np.ndarray, t1_path: str) -> None:
     """
     path = Path(path)
     t1 = nib.load(t1_path)
-    label = label.reshape(label.shape + (1,) * (len(t1.shape) - 3))  # once, also where the file holds T1 and T2
+    label = _as_one_volume(label, t1)
     if path.suffix == ".hdr":
         values = np.array(ISEG_VALUES, dtype=np.uint8)[label]
         header = t1.header if isinstance(t1, nib.Spm2AnalyzeImage) else None
@@ -136,11 +142,11 @@ def write_map(path: str | Path, values: np.ndarray, t1_path: str) -> None:
     Args:
         path: `.nii.gz` or `.nii`.
         values: float32 (X, Y, Z) on the grid of the T1 file.
-        t1_path: the T1 file.
+        t1_path: the T1 file, or the 4-D file of T1 and T2.
     """
     path = Path(path)
     t1 = nib.load(t1_path)
-    image = nib.Nifti1Image(values.reshape(t1.shape), t1.affine)
+    image = nib.Nifti1Image(_as_one_volume(values, t1), t1.affine)
     image.header.set_xyzt_units("mm")
     with whole_files(path.parent) as temporary:
         nib.save(image, temporary / path.name)

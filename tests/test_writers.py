@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from scripts.errors import InputError
-from scripts.writers import LabelSaver, whole_files, write_analyze, write_csv, write_label
+from scripts.writers import LabelSaver, whole_files, write_analyze, write_csv, write_label, write_map
 
 RNG = np.random.default_rng(1)
 LABEL = RNG.integers(0, 4, (5, 6, 7)).astype(np.uint8)
@@ -97,9 +97,10 @@ def test_unknown_suffix():
         LabelSaver("out", ".mha")
 
 
-def test_label_of_a_file_of_t1_and_t2(tmp_path):
+@pytest.mark.parametrize("write", [write_label, write_map])
+def test_label_or_map_of_a_file_of_t1_and_t2(write, tmp_path):
     nib.save(nib.Nifti1Image(np.zeros((*LABEL.shape, 2), np.int16), OBLIQUE), tmp_path / "both.nii.gz")
-    write_label(tmp_path / "label.nii.gz", LABEL, str(tmp_path / "both.nii.gz"))
+    write(tmp_path / "label.nii.gz", LABEL, str(tmp_path / "both.nii.gz"))
     label = nib.load(tmp_path / "label.nii.gz")
     np.testing.assert_array_equal(label.get_fdata()[..., 0], LABEL)
     np.testing.assert_allclose(label.affine, OBLIQUE, atol=1e-6)
