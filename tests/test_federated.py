@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import copy_bundle, save_subject, small_brain
+from conftest import ROOT, copy_bundle, save_subject, small_brain
 from ignite.engine import Engine
 from monai.fl.client import MonaiAlgo
 from monai.fl.utils.constants import ExtraItems, ModelType
@@ -42,20 +42,20 @@ def run_python(program: str, cwd: Path) -> str:
     return result.stdout
 
 
-def scorer(home: Path, output: Path) -> MonaiAlgo:
-    """A client that only evaluates, on the third place."""
-    settings = {"bundle_root": str(home), "dataset_dir": str(home / "data" / "site-3"), "val_subjects": [1]}
-    client = MonaiAlgo(str(home), config_train_filename=None, eval_kwargs=settings | {"output_dir": str(output)})
+def scorer(dataset: Path, subject: str, output: Path) -> MonaiAlgo:
+    """A client that only evaluates, with the weights that the bundle includes on disk."""
+    settings = {"bundle_root": str(ROOT), "dataset_dir": str(dataset), "val_subjects": [subject]}
+    client = MonaiAlgo(str(ROOT), config_train_filename=None, eval_kwargs=settings | {"output_dir": str(output)})
     client.initialize()
     return client
 
 
 @pytest.mark.filterwarnings("ignore:executing the bundle config:UserWarning")  # MONAI says that configs are code
-def test_weights_that_are_sent_are_scored_and_not_those_on_disk(home, tmp_path):
+def test_weights_that_are_sent_are_scored_and_not_those_on_disk(dataset, tmp_path):
     torch.manual_seed(0)
     random = SkipDenseSeg().state_dict()
-    included = torch.load(home / "models" / "model.pt", weights_only=True)
-    client = scorer(home, tmp_path)
+    included = torch.load(ROOT / "models" / "model.pt", weights_only=True)
+    client = scorer(dataset, "9", tmp_path)
     poor, good = (client.evaluate(ExchangeObject(weights=sent)).metrics.copy() for sent in (random, included))
     assert poor["val_mean_dice"] < 0.4 < 0.6 < good["val_mean_dice"]
     assert good["dice_mean"] == pytest.approx(good["val_mean_dice"])
@@ -94,7 +94,7 @@ def test_average_of_two_sites_is_better_than_the_start(home, tmp_path):
     told = run_python(program, home)
     assert "round 2: the average has Dice" in told
 
-    client = scorer(home, tmp_path)
+    client = scorer(home / "data" / "site-3", "1", tmp_path)
     sent = [torch.load(home / "eval" / f"{name}.pt", weights_only=True) for name in ("start", "averaged")]
     start, average = (client.evaluate(ExchangeObject(weights=w)).metrics["val_mean_dice"] for w in sent)
     assert average > start + 0.2, (start, average)

@@ -5,12 +5,14 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import sysconfig
 import time
+import urllib.parse
 import urllib.request
 import venv
 from io import BytesIO
@@ -188,13 +190,31 @@ def folders(dataset: Path, output: Path | str) -> tuple[str, ...]:
     return ("--dataset_dir", str(dataset), "--output_dir", str(output), "--ckpt_dir", str(output))
 
 
+@pytest.fixture(scope="module")
+def killed(tracked, dataset, tmp_path_factory) -> Path:
+    """The results of a training that was killed in its third epoch."""
+    folder = tmp_path_factory.mktemp("killed")
+    (folder / "killed.py").write_text(KILLED)
+    arguments = (*TRAIN, *folders(dataset, folder / "eval"), "--tracking", "mlflow")
+    result = tracked.python(str(folder / "killed.py"), "computing", *arguments)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    return folder / "eval"
+
+
 @pytest.mark.slow
-def test_killed_training_goes_on_in_its_run_and_a_new_one_in_its_own(tracked, dataset, tmp_path):
-    output = tmp_path / "out"
-    (tmp_path / "killed.py").write_text(KILLED)
-    arguments = (*TRAIN, *folders(dataset, output), "--tracking", "mlflow")
-    killed = tracked.python(str(tmp_path / "killed.py"), "computing", *arguments)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+def test_new_training_does_not_go_on_in_the_run_of_a_killed_one(tracked, killed, dataset, tmp_path):
+    output = tmp_path / "eval"
+    shutil.copytree(killed, output)
+    tracked.bundle(*TRAIN, *folders(dataset, output), "--epochs", "1")
+    first, second = tracked.runs(output)
+    assert (first["status"], second["status"]) == ("RUNNING", "FINISHED")
+    assert [epoch for epoch, _ in first["metrics"]["val_mean_dice"]] == [1, 2]
+    assert [epoch for epoch, _ in second["metrics"]["train_loss"]] == [1]
+
+
+@pytest.mark.slow
+def test_killed_training_goes_on_in_its_run(tracked, killed, dataset):
+    output = killed
     (run,) = tracked.runs(output)
     assert run["status"] == "RUNNING"
     assert [step for step, _ in run["metrics"]["train_step_loss"]] == [1, 2, 3, 4]
@@ -220,11 +240,6 @@ def test_killed_training_goes_on_in_its_run_and_a_new_one_in_its_own(tracked, da
     pictures = sorted((artifacts / "images").glob("*.png"))
     assert [re.match(r"subject-9.step.(\d)", path.name)[1] for path in pictures] == ["1", "2", "3"]
     assert all(is_picture(np.asarray(Image.open(path).convert("RGB"))) for path in pictures)
-
-    tracked.bundle(*TRAIN, *folders(dataset, output), "--epochs", "1")
-    first, second = tracked.runs(output)
-    assert first == whole
-    assert [epoch for epoch, _ in second["metrics"]["train_loss"]] == [1]
     assert not tracked.called.exists(), tracked.called.read_text()
 
 
@@ -272,8 +287,7 @@ def test_store_by_url_is_whole_there_and_is_gone_on_with(tracked, dataset, tmp_p
 
 
 @pytest.mark.slow
-def test_mlflow_shows_the_runs(tracked, dataset, tmp_path):
-    tracked.bundle(*TRAIN, *folders(dataset, tmp_path / "eval"), "--epochs", "1")
+def test_mlflow_shows_the_runs(tracked, killed):
     (command,) = [line for block in blocks(PAGE, "shell") for line in block.splitlines() if "mlflow ui" in line]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -282,7 +296,7 @@ def test_mlflow_shows_the_runs(tracked, dataset, tmp_path):
     assert setting == "MLFLOW_DISABLE_TELEMETRY=true"
     server = subprocess.Popen(
         [str(tracked.bin / program), *arguments, "--port", str(port)],
-        cwd=tmp_path, env=tracked.environment | {"MLFLOW_DISABLE_TELEMETRY": "true"},
+        cwd=killed.parent, env=tracked.environment | {"MLFLOW_DISABLE_TELEMETRY": "true"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     try:
@@ -301,8 +315,11 @@ def test_mlflow_shows_the_runs(tracked, dataset, tmp_path):
         )
         (run,) = json.load(urllib.request.urlopen(request, timeout=30))["runs"]
         assert run["info"]["run_name"].startswith("training-")
-        artifact = f"{address}/get-artifact?path=model.pt&run_uuid={run['info']['run_id']}"
-        assert urllib.request.urlopen(artifact, timeout=30).read() == (tmp_path / "eval" / "model.pt").read_bytes()
+        (picture,) = Path(run["info"]["artifact_uri"].removeprefix("file://")).glob("images/subject-9?step?1?*.png")
+        artifact = (
+            f"{address}/get-artifact?path=images/{urllib.parse.quote(picture.name)}&run_uuid={run['info']['run_id']}"
+        )
+        assert urllib.request.urlopen(artifact, timeout=30).read() == picture.read_bytes()
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(30)
