@@ -97,9 +97,14 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
             t2, mask = _partner(t1, t1s, t2s), masks.get(t1.key)
             stripped = mask or not any(_says_not_skull_stripped(scan.path) for scan in (t1, t2) if scan)
             if t2 is None:
-                names = ", ".join(scan.path.name for scan in t2s)
+                names = ", ".join(scan.path.name for scan in (*t1s, *t2s))
                 left_out[t1.subject] = (
-                    f"has no T2w that is clearly its own among {names}; name both alike" if t2s else "has no T2w"
+                    f"has no T2w that is clearly its own in {names}; name the two alike" if t2s else "has no T2w"
+                )
+            elif not mask and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
+                left_out[t1.subject] = (
+                    f"has only one of {t1.path.name} and {t2.path.name} as desc-brain; strip both scans, or put a mask "
+                    "beside them, named as the T1w but desc-brain_mask"
                 )
             elif not stripped:
                 left_out[t1.subject] = (

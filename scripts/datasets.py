@@ -39,7 +39,7 @@ def cached_dataset(
     cache_dir: str,
     num_workers: int = 2,
     in_memory: bool | None = None,
-    instead: Sequence[Any] = (),
+    fallback: Sequence[Any] = (),
 ) -> Dataset:
     """Subjects that are loaded and prepared once: kept in memory if half of what is available holds them, else on disk.
 
@@ -50,11 +50,11 @@ def cached_dataset(
         cache_dir: folder for the cache on disk, which is made for this process and removed when it ends.
         num_workers: threads that prepare.
         in_memory: whether to keep them in memory; None decides by the first subject's size.
-        instead: the subjects that are taken where `data` has none: those of training, where none is left to validate.
+        fallback: the subjects that are taken where `data` has none: those of training, where none is left to validate.
     """
-    if not data and instead:
-        logger.warning("no subject is left to validate: the %d that train do, so the scores are too high", len(instead))
-        data = instead
+    if not data and fallback:
+        logger.warning("none is left to validate: those that train (%d) do, so scores are too high", len(fallback))
+        data = fallback
     if in_memory is None:
         needed = len(data) * _prepared_bytes(data[0], transform) if data else 0
         available = available_memory(torch.device("cpu"))

@@ -112,7 +112,7 @@ class Segmenter:
             label=label[0],
             volumes=tissue_volumes(result["pred"]),
             probabilities=probabilities,
-            affine=result["t1"].affine.numpy(),
+            affine=result["t1"].affine.numpy().copy(),
             uncertainty=None if uncertainty is None else uncertainty[0],
         )
 

@@ -8,18 +8,22 @@ import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from ignite.engine import Engine, Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from monai.handlers import MLFlowHandler
 from monai.utils import optional_import
-from torch.utils.tensorboard import SummaryWriter
+from torch import nn
 
+from scripts.distributed import own_rank
 from scripts.report import segmentation_picture
 from scripts.storage import CopyOut
 from scripts.writers import segmented_subjects
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 mlflow, _ = optional_import("mlflow")
 
@@ -36,19 +40,28 @@ def run_name(kind: str, folder: str, tracking_uri: str, experiment_name: str, re
         folder: where the run's results lie.
         tracking_uri: the store, unless MLFLOW_TRACKING_URI names another.
         experiment_name: the experiment in it.
-        resume: whether to go on with the newest run of this folder that isn't finished, if there is one.
+        resume: whether to go on with the newest run of this kind and folder that isn't finished, if there is one.
 
     Returns:
         `<kind>-<date>-<time>`, or the name of the run to go on with.
     """
-    if resume:
+    if resume and own_rank() == 0:  # the others don't record
         client = mlflow.MlflowClient(os.environ.get("MLFLOW_TRACKING_URI") or tracking_uri)
         experiment = client.get_experiment_by_name(experiment_name)
         runs = client.search_runs([experiment.experiment_id], "attributes.status != 'FINISHED'") if experiment else ()
         for run in runs:  # the newest first
-            if run.data.tags.get(FOLDER_TAG) == str(Path(folder).resolve()):
+            own_folder = run.data.tags.get(FOLDER_TAG) == str(Path(folder).resolve())
+            if own_folder and run.info.run_name.startswith(f"{kind}-"):
                 return run.info.run_name
     return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
+
+
+def _shown(value: Any) -> Any:
+    """A setting as it is; of a network, an optimiser and the like what it is."""
+    if isinstance(value, nn.Module):
+        return f"{type(value).__name__}, {sum(each.numel() for each in value.parameters()):,} parameters"
+    plain = value is None or isinstance(value, str | int | float | Sequence)
+    return value if plain else type(value).__name__
 
 
 class TrackedRun:
@@ -57,7 +70,8 @@ class TrackedRun:
     Args:
         tracker: MONAI's handler.
         folder: where the results of the run lie.
-        parameters: settings by name. Those that the run has already, because it is gone on with, stay as they are.
+        parameters: settings by name, or what was made of them, of which the kind is recorded. Those that the run has
+            already, because it is gone on with, stay as they are.
         files: go into the run when it ends, if they are there.
     """
 
@@ -82,7 +96,7 @@ class TrackedRun:
         known = client.get_run(run_id).data.params
         for name, value in self.parameters.items():
             if name not in known:
-                client.log_param(run_id, name, value)
+                client.log_param(run_id, name, _shown(value))
 
     def finish(self) -> None:
         for file in self.files:
@@ -102,7 +116,7 @@ class PictureLog:
         interval: epochs from one picture to the next.
     """
 
-    def __init__(self, summary_writer: SummaryWriter, interval: int) -> None:
+    def __init__(self, summary_writer: "SummaryWriter", interval: int) -> None:
         self.summary_writer = summary_writer
         self.interval = interval
         self.due = 0

@@ -22,6 +22,7 @@ from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import ensure_tuple, set_determinism
 
 from scripts.errors import InputError, show_input_errors_in_one_line
+from scripts.subjects import Ids
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -115,12 +116,15 @@ def require_true_or_false(**settings: bool) -> None:
             raise InputError(f"--{name} {value}: must be True or False")
 
 
-def require_training_settings(network: torch.nn.Module, patch_size: Sequence[int], **whole_numbers: int) -> None:
+def require_training_settings(
+    network: torch.nn.Module, patch_size: Sequence[int], val_subjects: Ids, **whole_numbers: int
+) -> None:
     """Refuse settings that can't train before anything is loaded.
 
     Args:
         network: whose `stride` the patch must be a multiple of.
         patch_size: voxels along each axis, or one number for all three.
+        val_subjects: must name at least one.
         whole_numbers: settings that must be whole numbers of at least 1, by name.
 
     Raises:
@@ -129,6 +133,8 @@ def require_training_settings(network: torch.nn.Module, patch_size: Sequence[int
     require_whole_numbers(1, **whole_numbers)
     if any(not isinstance(side, int) or side < 1 or side % network.stride for side in ensure_tuple(patch_size)):
         raise InputError(f"--patch_size {patch_size}: must be multiples of {network.stride}, like [64,64,64]")
+    if not ensure_tuple(val_subjects):
+        raise InputError(f"--val_subjects {val_subjects}: names none; name at least one labelled subject, like [9]")
 
 
 def keep_freed_memory() -> None:

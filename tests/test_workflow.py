@@ -104,10 +104,11 @@ def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
         ({"batch_size": "two"}, "--batch_size two: must be a whole number"),
         ({"patch_size": [50, 64, 64]}, r"--patch_size \[50, 64, 64\]: must be multiples of 4"),
         ({"patch_size": 0}, "--patch_size 0"),
+        ({"val_subjects": []}, r"--val_subjects \[\]: names none"),
     ],
 )
 def test_settings_that_can_not_train(settings, message):
-    fine = {"network": SkipDenseSeg(), "patch_size": 64, "epochs": 1, "batch_size": 2}
+    fine = {"network": SkipDenseSeg(), "patch_size": 64, "val_subjects": 9, "epochs": 1, "batch_size": 2}
     require_training_settings(**fine)
     with pytest.raises(InputError, match=message):
         require_training_settings(**(fine | settings))
