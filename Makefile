@@ -41,7 +41,7 @@ test: $(VENV)/.installed-dev
 test-slow: $(VENV)/.installed-dev
 	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile
 
-# a real MONAI Label server with the bundle, in an environment of its own
+# a real MONAI Label server with the bundle, in an environment of its own; without it the tests would be skipped
 test-monailabel: $(VENV)-monailabel/.installed
 	$(VENV)-monailabel/bin/python -W ignore -c "import monailabel"
 	$(VENV)-monailabel/bin/python -m pytest -m monailabel tests/test_monailabel.py
@@ -66,7 +66,7 @@ package: $(VENV)/.installed
 	$(PY) -m scripts package --output_dir dist
 
 $(VENV)/bin/pip:
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no virtual environment made; on Debian: apt install python3.11-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no virtual environment made by $(PYTHON); on Debian: apt install python3.11-venv; elsewhere: make PYTHON=<your Python 3.11>"; exit 1; }
 
 # torch first and alone, so that a CPU build that is at hand is taken
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/pip
@@ -81,7 +81,7 @@ $(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
 
 # as docs/annotating_in_3d_slicer.md says
 $(VENV)-monailabel/.installed: requirements.txt requirements-monailabel.txt requirements-monailabel-no-deps.txt
-	$(PYTHON) -m venv $(VENV)-monailabel
+	$(PYTHON) -m venv --clear $(VENV)-monailabel
 	@echo "installing MONAI Label and what it needs into $(VENV)-monailabel: 3 GB, some minutes"
 	$(VENV)-monailabel/bin/pip install --quiet $$(grep '^torch==' requirements.txt)
 	$(VENV)-monailabel/bin/pip install --quiet --no-deps -r requirements-monailabel-no-deps.txt

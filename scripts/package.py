@@ -47,6 +47,7 @@ CONTENTS = (
     "docs/from_python.md",
     "docs/packaging.md",
     "docs/probabilities_and_uncertainty.md",
+    "docs/settings.md",
     "docs/several_devices.md",
     "models/model.pt",
     "scripts/__init__.py",

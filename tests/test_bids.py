@@ -89,7 +89,7 @@ def test_t1w_and_t2w_that_belong_together(tmp_path, t1s, t2s, partners):
         stem(t1): [f"{stem(t1)}_T1w.nii.gz", f"{stem(t2)}_T2w.nii.gz"] for t1, t2 in partners.items()
     }
     assert set(left_out) == {stem(t1) for t1 in t1s if t1 not in partners and t1 != "part-phase"}
-    assert all("name both alike" in reason for reason in left_out.values())
+    assert all("name the two alike" in reason for reason in left_out.values())
 
 
 def test_incomplete_sessions_are_left_out_and_named(tmp_path, caplog):
@@ -103,6 +103,17 @@ def test_incomplete_sessions_are_left_out_and_named(tmp_path, caplog):
     assert "sub-2" not in caplog.text
     with pytest.raises(InputError, match="subjects names sub-1_ses-b, but sub-1_ses-b has no T2w"):
         subjects_to_segment(str(tmp_path), ["sub-1_ses-b"])
+
+
+@pytest.mark.parametrize("stripped", ["T1w", "T2w"])
+def test_half_stripped_session_is_left_out_unless_there_is_a_mask(tmp_path, stripped):
+    touch(tmp_path, *pair("sub-1"), scan(f"sub-1_desc-brain_{stripped}.nii.gz"))
+    subjects, left_out = find_bids_subjects(str(tmp_path))
+    assert subjects == []
+    assert left_out["sub-1"].startswith("has only one of sub-1_")
+    touch(tmp_path, scan("sub-1_desc-brain_mask.nii.gz"))
+    subjects, left_out = find_bids_subjects(str(tmp_path))
+    assert (len(subjects), left_out) == (1, {})
 
 
 def test_nothing_but_incomplete_sessions(tmp_path):

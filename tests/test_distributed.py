@@ -116,6 +116,7 @@ def test_two_processes_of_batch_two_take_the_steps_of_one_of_batch_four(dataset,
     for name, values in networks[1].items():
         torch.testing.assert_close(values, networks[0][name], rtol=1e-4, atol=1e-6, msg=name)
     assert {path.name for path in (tmp_path / "2").glob("rank-*.log")} == {"rank-0.log", "rank-1.log"}
+    assert len(list((tmp_path / "2").glob("events.out.tfevents*"))) == 1  # TensorBoard follows but one
     for log in (tmp_path / "2").glob("rank-*.log"):
         assert re.search(r"Epoch\[1\] Metrics -- train_loss: [\d.]+", log.read_text())
 

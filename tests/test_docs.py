@@ -115,6 +115,19 @@ def test_command_of_the_pages(homes, page, command, request):
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """In the zip too, where README.md isn't this one and pages lie beside each other."""
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!https?://)([^)]*)\)", text):
+        name, _, anchor = target.partition("#")
+        path = (ROOT / page).parent / (name or Path(page).name)
+        assert path.is_file(), target
+        headings = re.findall(r"^#+ (.*)$", path.read_text(), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in [re.sub(r"[^a-z0-9 -]", "", h.lower()).replace(" ", "-") for h in headings]
+        assert page == "README.md" or not name.startswith("../"), target
+
+
 @pytest.mark.parametrize("command", MAKE)
 def test_make_knows_the_target(command):
     result = subprocess.run(["make", "--dry-run", *command.split()[1:]], cwd=ROOT, capture_output=True, text=True)
@@ -201,7 +214,7 @@ def test_model_card_states_the_settings_that_are_used():
 
 def test_settings_in_the_table_exist_with_those_defaults():
     train, inference = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("train", "inference"))
-    rows = re.findall(r"^\| (`.*?`) \|.*\| (.*) \|$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?`) \|.*\| (.*) \|$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)
     shown = {}
     for names, default in rows:
         if "/" not in names and "`" in default and not default.startswith("see"):

@@ -32,7 +32,7 @@ from test_resume import KILLED
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.errors import InputError
-from scripts.tracking import PictureLog, with_run
+from scripts.tracking import PictureLog, run_name, with_run
 from scripts.workflow import require_tracking_package
 
 PAGE = "docs/experiment_tracking.md"
@@ -95,6 +95,23 @@ def test_missing_package_is_named_with_its_version(monkeypatch):
     with pytest.raises(InputError, match="--tracking mlflow: a package is missing; pip install mlflow==") as caught:
         require_tracking_package(["run", "training", "--config_file", "configs/train.json", "--tracking", "mlflow"])
     assert str(caught.value).split("; ")[1] in (ROOT / PAGE).read_text().splitlines()
+
+
+def test_run_to_go_on_with_is_of_its_kind_and_folder(monkeypatch, tmp_path):
+    def run(name: str, folder: Path) -> SimpleNamespace:
+        data = SimpleNamespace(tags={"folder": str(folder)})
+        return SimpleNamespace(info=SimpleNamespace(run_name=name), data=data)
+
+    runs = [run("evaluation-2", tmp_path), run("training-2", tmp_path / "other"), run("training-1", tmp_path)]
+    client = SimpleNamespace(
+        get_experiment_by_name=lambda name: SimpleNamespace(experiment_id=0), search_runs=lambda *arguments: runs
+    )
+    monkeypatch.setattr("scripts.tracking.mlflow", SimpleNamespace(MlflowClient=lambda uri: client))
+    arguments = {"folder": str(tmp_path), "tracking_uri": "sqlite:///x.db", "experiment_name": "x", "resume": True}
+    assert run_name("training", **arguments) == "training-1"
+    assert run_name("inference", **arguments).startswith("inference-20")
+    monkeypatch.setenv("RANK", "1")
+    assert run_name("training", **arguments).startswith("training-20")
 
 
 def test_untracked_handlers_stay_as_they_are():
