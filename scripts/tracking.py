@@ -134,12 +134,13 @@ class PictureLog:
         t1 = item["t1"]
         if t1.shape != item["pred"].shape:  # a recipe validates a part of the volume
             t1 = item["image"][:1] - item["image"][:1].min()
-        figure = segmentation_picture(t1, item["pred"], item["label"], f"subject {item['subject']}, epoch {epoch}")
+        # MONAI Label's subjects have no id
+        name = f"subject-{item['subject']}" if "subject" in item else Path(item["t1"].meta["filename_or_obj"]).stem
+        figure = segmentation_picture(t1, item["pred"], item["label"], f"{name}, epoch {epoch}")
         figure.set_dpi(PICTURE_DPI)
         canvas = FigureCanvasAgg(figure)
         canvas.draw()
         picture = np.asarray(canvas.buffer_rgba())[..., :3]
-        name = f"subject-{item['subject']}"
         self.summary_writer.add_image(f"validation/{name}", picture, epoch, dataformats="HWC")
         self.summary_writer.flush()
         if self.tracker is not None:

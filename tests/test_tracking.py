@@ -72,6 +72,15 @@ def test_pictures_come_no_closer_than_the_interval(tmp_path):
     assert np.asarray(Image.open(BytesIO(pictures[0].encoded_image_string))).std() > 10
 
 
+def test_picture_of_a_subject_without_id(tmp_path):
+    """As MONAI Label trains."""
+    t1 = brain()
+    t1.meta["filename_or_obj"] = "scans/upload.nii"
+    with SummaryWriter(str(tmp_path)) as writer:
+        validate(PictureLog(writer, interval=1), 1, {"t1": t1, "label": (t1 > 0) * 2})
+    assert len(tensorboard_log(tmp_path).Images("validation/upload")) == 1
+
+
 def test_picture_of_a_validation_on_a_part_of_the_volume(tmp_path):
     part = brain()[:, 2:18, 2:18, 2:18]
     item = {"subject": "9", "t1": brain(), "image": torch.cat([part, part]) - 50, "label": (part > 0) * 3}
