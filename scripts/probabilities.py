@@ -2,11 +2,9 @@
 
 import math
 from collections.abc import Hashable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from ignite.engine import Engine, Events
 from monai.transforms import Transform
 from monai.utils import convert_to_dst_type
 
@@ -56,13 +54,7 @@ class ProbabilitySaver(BackgroundWriter):
         output_dir: the folder to write to.
     """
 
-    def __init__(self, output_dir: str) -> None:
-        super().__init__()
-        self.output_dir = Path(output_dir)
-
-    def attach(self, engine: Engine) -> None:
-        super().attach(engine)
-        engine.add_event_handler(Events.COMPLETED, lambda: print(f"probabilities: {self.output_dir}"))
+    what = "probabilities"
 
     def write(self, item: dict[str, Any]) -> None:
         for tissue in Tissue:
@@ -77,13 +69,7 @@ class UncertaintySaver(BackgroundWriter):
         output_dir: the folder to write to.
     """
 
-    def __init__(self, output_dir: str) -> None:
-        super().__init__()
-        self.output_dir = Path(output_dir)
-
-    def attach(self, engine: Engine) -> None:
-        super().attach(engine)
-        engine.add_event_handler(Events.COMPLETED, lambda: print(f"uncertainty: {self.output_dir}"))
+    what = "uncertainty"
 
     def write(self, item: dict[str, Any]) -> None:
         path = result_path(self.output_dir, item, "uncertainty", ".nii.gz")

@@ -182,17 +182,24 @@ class BackgroundWriter(ABC):
     """Handler that writes something of each subject in a thread, while the next subject is computed.
 
     At most one subject waits to be written. What goes wrong in the thread is raised at the next subject or at the end.
+
+    Args:
+        output_dir: the folder to write to.
     """
 
     writing: ClassVar[WeakSet[Future[None]]] = WeakSet()  # of all these handlers
+    what: ClassVar[str] = ""  # what the folder holds then, if that is to be said at the end
 
-    def __init__(self) -> None:
+    def __init__(self, output_dir: str) -> None:
+        self.output_dir = Path(output_dir)
         self.thread = ThreadPoolExecutor(max_workers=1)
         self.unfinished: list[Future[None]] = []
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.begin)
         engine.add_event_handler(Events.COMPLETED, self.finish)
+        if self.what:
+            engine.add_event_handler(Events.COMPLETED, lambda: print(f"{self.what}: {self.output_dir}"))
 
     def begin(self, engine: Engine) -> None:
         self.finish()
@@ -220,10 +227,9 @@ class LabelSaver(BackgroundWriter):
     """
 
     def __init__(self, output_dir: str, suffix: str = ".nii.gz") -> None:
-        super().__init__()
+        super().__init__(output_dir)
         if suffix not in (".nii.gz", ".nii", ".hdr"):
             raise InputError(f"--label_suffix must be '.nii.gz', '.nii' or '.hdr', got {suffix!r}")
-        self.output_dir = Path(output_dir)
         self.suffix = suffix
 
     def write(self, item: dict[str, Any]) -> None:

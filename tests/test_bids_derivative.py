@@ -55,10 +55,6 @@ def errors(dataset: Path) -> set[tuple[str, str]]:
 class MapSaver(BackgroundWriter):
     """Writes maps of probability and uncertainty where all handlers put what they write."""
 
-    def __init__(self, output_dir: Path) -> None:
-        super().__init__()
-        self.output_dir = output_dir
-
     def write(self, item: dict[str, Any]) -> None:
         for what in DESCRIPTIONS:
             path = result_path(self.output_dir, item, what, ".png" if what == "label" else ".nii.gz")

@@ -251,13 +251,9 @@ def test_own_results_are_not_fetched_back(memory, tmp_path):
 
 
 class SlowWriter(BackgroundWriter):
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.path = path
-
     def write(self, item) -> None:
         time.sleep(0.3)
-        (self.path / f"label-{item['subject']}").write_text("label")
+        (self.output_dir / f"label-{item['subject']}").write_text("label")
 
 
 def evaluator(subjects, *handlers) -> SupervisedEvaluator:
