@@ -91,6 +91,7 @@ workflow.finalize()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_of_batch_two_take_the_steps_of_one_of_batch_four(dataset, tmp_path):
     (tmp_path / "steps.py").write_text(STEPS)
     networks = []

@@ -404,6 +404,7 @@ def test_volume_without_a_brain(own_file):
         LoadSubjectd()(subject_in(own_file.parent))
 
 
+@pytest.mark.slow
 def test_training_on_hdf5_files(prepared, tmp_path):
     result = bundle(
         *("run", "training", "--config_file", TRAIN, "--dataset_dir", str(prepared)),

@@ -218,6 +218,7 @@ def test_what_is_there_stays(tmp_path):
         import_weights(str(tmp_path / "none.pth"), str(tmp_path / "new.pt"))
 
 
+@pytest.mark.slow
 def test_imported_paper_variant_segments_by_the_settings_that_were_told(dataset, tmp_path):
     torch.save(published("paper"), tmp_path / "weights.pth")
     result = bundle(

@@ -152,6 +152,7 @@ def test_trained_network_labels_as_in_plain_float32(phantom_brain, trained_netwo
     assert mean_dice(plain, truth) > 0.85
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", PRECISIONS_HERE)
 def test_training_loss_as_in_plain_float32(phantom_brain, precision):
     image, truth = phantom_brain
