@@ -187,6 +187,7 @@ def test_example_of_the_page(home, monkeypatch, capsys):
     assert len(EXAMPLES) == 4
     assert len(EXAMPLES[0].splitlines()) == 5
     monkeypatch.chdir(home)
+    assert EXAMPLES[0] in (ROOT / "README.md").read_text()
     exec(compile(EXAMPLES[0] + EXAMPLES[1], "from_python.md", "exec"), {})
     assert "'gm_ml': " in capsys.readouterr().out
     assert nib.load(home / "label.nii.gz").shape == (60, 72, 64)
