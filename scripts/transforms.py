@@ -301,9 +301,11 @@ class LoadSubjectd(Transform):
         require_brain_only(image[0], affine, t1_path)
         loaded = dict(data)
         loaded["image"] = _meta_tensor(image, affine, t1_path)
-        # where an image has a NIfTI file's name, Spacingd takes any `image_...` beside it, such as the `image_path` of
-        # MONAI Label, for a dict of its meta data
-        loaded["image"].meta["t1_path"] = loaded["image"].meta.pop("filename_or_obj")
+        loaded["image"].meta["t1_path"] = t1_path
+        if any(str(key).startswith("image_") for key in data):
+            # where an image has a NIfTI file's name, Spacingd takes any `image_...` beside it, such as the `image_path`
+            # of MONAI Label, for a dict of its meta data
+            del loaded["image"].meta["filename_or_obj"]
         loaded["t1"] = _meta_tensor(image[:1].copy(), affine, t1_path)
         if label is not None:
             loaded["label"] = _meta_tensor(label[None], affine, data["label"])

@@ -44,7 +44,7 @@ def bundle(*arguments: str, cwd: Path = ROOT, module: str = "monai.bundle") -> s
 def copy_bundle(directory: Path) -> Path:
     for name in ("configs", "docs", "scripts", "models"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("LICENSE", "Makefile", "requirements.txt", "requirements-dev.txt"):
+    for name in ("LICENSE", "Makefile", *(path.name for path in ROOT.glob("requirements*.txt"))):
         shutil.copy(ROOT / name, directory)
     return directory
 
