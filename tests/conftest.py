@@ -14,8 +14,10 @@ import matplotlib
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from scipy.ndimage import zoom
 
+from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import ISEG_VALUES
@@ -134,6 +136,15 @@ def server_environment(port: int) -> dict[str, str]:
         "AWS_CONFIG_FILE": os.devnull,
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
     }
+
+
+@pytest.fixture(scope="module")
+def network() -> SkipDenseSeg:
+    """Untrained, in evaluation mode, with statistics for its batch norms."""
+    torch.manual_seed(0)
+    network = SkipDenseSeg()
+    network(torch.randn(2, 2, 32, 32, 32))
+    return network.eval()
 
 
 @pytest.fixture(scope="session")

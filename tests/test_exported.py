@@ -54,14 +54,6 @@ def save_torchscript(path, network):
 
 
 @pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    network = SkipDenseSeg()
-    network(torch.randn(2, 2, 32, 32, 32))  # statistics for batch norm
-    return network.eval()
-
-
-@pytest.fixture(scope="module")
 def files(tmp_path_factory, network):
     """One network as a checkpoint and as TorchScript, and a convolution as ONNX."""
     directory = tmp_path_factory.mktemp("models")

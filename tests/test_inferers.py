@@ -29,15 +29,6 @@ from scripts.phantom import label_map
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.weights import load_weights
 
-
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    network = SkipDenseSeg()
-    network(torch.randn(2, 2, 32, 32, 32))  # statistics for batch norm
-    return network.eval()
-
-
 # elsewhere bfloat16 is computed by slow emulation, which nobody is given unasked
 BF16_IN_HARDWARE = pytest.mark.skipif(
     network_precision(torch.device("cpu"), "auto") != torch.bfloat16, reason="no bfloat16 in this processor"
