@@ -10,6 +10,20 @@ class InputError(ValueError):
     """Something given from outside can't be used. The message is one line: what, what is wrong with it, what to do."""
 
 
+def require_whole_numbers(least: int, **settings: int) -> None:
+    """Refuse settings, given by name, that aren't whole numbers of at least so much, by InputError."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InputError(f"--{name} {value}: must be a whole number of at least {least}")
+
+
+def require_true_or_false(**settings: bool) -> None:
+    """Refuse settings, given by name, that are neither; the text 'false' would count as true. Raises InputError."""
+    for name, value in settings.items():
+        if not isinstance(value, bool):
+            raise InputError(f"--{name} {value}: must be True or False")
+
+
 def input_error_in(error: BaseException | None) -> InputError | None:
     """The InputError that `error` is or was raised from, if any: MONAI wraps what its components raise."""
     while error is not None and not isinstance(error, InputError):

@@ -16,7 +16,7 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from scripts.errors import InputError
+from scripts.errors import InputError, require_true_or_false, require_whole_numbers
 from scripts.exported import ExportedNetwork, is_exported
 from scripts.weights import checkpoint_paths, load_weights
 
@@ -265,12 +265,10 @@ class AveragingInferer(Inferer):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if not isinstance(flips, bool):  # the text 'false' would count as true
-            raise InputError(f"--flips {flips}: must be True or False")
+        require_true_or_false(flips=flips)
         if uncertainty not in (None, *UNCERTAINTIES):
             raise InputError(f"--uncertainty {uncertainty}: must be None, {', '.join(UNCERTAINTIES)}")
-        if isinstance(dropout_samples, bool) or not isinstance(dropout_samples, int) or dropout_samples < 1:
-            raise InputError(f"--dropout_samples {dropout_samples}: must be a whole number of at least 1")
+        require_whole_numbers(1, dropout_samples=dropout_samples)
         flips = flips or uncertainty == "flips"
         self.dropout_samples = dropout_samples if uncertainty == "dropout" else 0
         self.seed = seed

@@ -9,7 +9,7 @@ from monai.bundle import ConfigParser
 
 from scripts.errors import InputError
 from scripts.weights import read_checkpoint, require_fit
-from scripts.writers import whole_files
+from scripts.writers import add_to_zip, whole_files
 
 ROOT = Path(__file__).parents[1]
 NAME = "infant_brain_mri_skipdenseseg"
@@ -128,11 +128,7 @@ def zipped(root: Path) -> bytes:
     # stored, since two versions of zlib need not compress to the same bytes; the weights hardly get smaller anyway
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(sources):
-            # a ZipInfo made by hand bears no time of day, owner or system
-            entry = zipfile.ZipInfo(f"{NAME}/{name}")
-            entry.create_system = 3  # Unix, wherever it is made
-            entry.external_attr = 0o644 << 16
-            archive.writestr(entry, (root / sources[name]).read_bytes())
+            add_to_zip(archive, f"{NAME}/{name}", (root / sources[name]).read_bytes())
     return content.getvalue()
 
 

@@ -13,7 +13,7 @@ from monai.utils import set_determinism
 
 from scripts.datasets import epoch_seed
 from scripts.distributed import gathered
-from scripts.errors import InputError
+from scripts.errors import InputError, require_true_or_false
 from scripts.weights import begins, load_weights
 from scripts.writers import whole_files
 
@@ -51,8 +51,7 @@ class ResumableTraining:
         model: torch.nn.Module,
         **parts: Any,
     ) -> None:
-        if not isinstance(resume, bool):  # the text 'false' would count as true
-            raise InputError(f"--resume {resume}: must be True or False")
+        require_true_or_false(resume=resume)
         self.path = Path(path)
         self.resume = resume
         self.seed = seed

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from scripts.errors import InputError
 from scripts.subjects import Ids, find_labels, require_subjects, subjects_to_segment
 from scripts.transforms import Tissue, read_volume, require_same_grid, tissue_labels
-from scripts.writers import whole_files, write_label
+from scripts.writers import add_to_zip, whole_files, write_label
 
 TEST_SUBJECTS = tuple(range(11, 24))
 
@@ -95,9 +95,5 @@ def submission(predictions: str, dataset_dir: str, output: str, subjects: Ids = 
                 header = Path(folder) / f"subject-{subject}-label.hdr"
                 _write_pair(header, label, t1_path)
                 for path in (header, header.with_suffix(".img")):
-                    # a ZipInfo made by hand bears no time of day
-                    entry = zipfile.ZipInfo(path.name)
-                    entry.compress_type = zipfile.ZIP_DEFLATED
-                    entry.external_attr = 0o644 << 16
-                    archive.writestr(entry, path.read_bytes())
+                    add_to_zip(archive, path.name, path.read_bytes())
     print("\n".join([*filter(None, told), f"{len(chosen)} subjects in {output}"]))

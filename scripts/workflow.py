@@ -21,7 +21,7 @@ from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, Referenc
 from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import ensure_tuple, set_determinism
 
-from scripts.errors import InputError, show_input_errors_in_one_line
+from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
 from scripts.subjects import Ids
 
 
@@ -100,20 +100,6 @@ def unknown_setting(name: str, config: ConfigParser, others: Collection[str] = (
 def nearest(name: str, known: Collection[str]) -> str | None:
     """The known name that is most like a misspelt one, if any is."""
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
-
-
-def require_whole_numbers(least: int, **settings: int) -> None:
-    """Refuse settings, given by name, that aren't whole numbers of at least so much, by InputError."""
-    for name, value in settings.items():
-        if not isinstance(value, int) or value < least:
-            raise InputError(f"--{name} {value}: must be a whole number of at least {least}")
-
-
-def require_true_or_false(**settings: bool) -> None:
-    """Refuse settings, given by name, that are neither; the text 'false' would count as true. Raises InputError."""
-    for name, value in settings.items():
-        if not isinstance(value, bool):
-            raise InputError(f"--{name} {value}: must be True or False")
 
 
 def require_training_settings(

@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -62,6 +63,14 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
                 f"{directory}: can't be written ({reason}); make room or allow it, or choose another folder"
             ) from error
         raise
+
+
+def add_to_zip(archive: zipfile.ZipFile, name: str, content: bytes) -> None:
+    """Add a file that bears no time of day, owner or system, so that like content gives the same bytes."""
+    entry = zipfile.ZipInfo(name)  # made by hand, for made from a file it would bear them
+    entry.create_system = 3  # Unix, wherever it is made
+    entry.external_attr = 0o644 << 16
+    archive.writestr(entry, content, archive.compression)
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:

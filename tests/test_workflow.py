@@ -8,13 +8,12 @@ import pytest
 from conftest import ROOT, bundle, last_line
 
 from scripts import errors
-from scripts.errors import InputError
+from scripts.errors import InputError, require_whole_numbers
 from scripts.network import SkipDenseSeg
 from scripts.workflow import (
     keep_freed_memory,
     refuse_unknown_overrides,
     require_training_settings,
-    require_whole_numbers,
     start,
 )
 
@@ -114,7 +113,7 @@ def test_settings_that_can_not_train(settings, message):
         require_training_settings(**(fine | settings))
 
 
-@pytest.mark.parametrize("value", [-1, 2.5, "many"])
+@pytest.mark.parametrize("value", [-1, 2.5, "many", True])
 def test_numbers_that_may_be_nought(value):
     require_whole_numbers(0, profile_steps=0)
     with pytest.raises(InputError, match=f"--profile_steps {value}: must be a whole number of at least 0"):
