@@ -12,17 +12,21 @@ from scripts.hdf5 import prepare_hdf5
 from scripts.import_weights import import_weights
 from scripts.package import package
 from scripts.phantom import phantom
+from scripts.robustness import robustness
 from scripts.submission import submission
+from scripts.synthesize import synthesize
 from scripts.workflow import given_options, nearest
 
 COMMANDS = {
     "phantom": phantom,
+    "synthesize": synthesize,
     "prepare_hdf5": prepare_hdf5,
     "import_weights": import_weights,
     "cross_validate": cross_validate,
     "gather_folds": gather_folds,
     "submission": submission,
     "package": package,
+    "robustness": robustness,
     "bench": bench,
 }
 

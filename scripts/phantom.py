@@ -13,7 +13,7 @@ from tqdm import tqdm
 from scripts.errors import InputError
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image, smooth_noise
 from scripts.transforms import ISEG_VALUES, Tissue
-from scripts.writers import whole_files, write_analyze
+from scripts.writers import made_already, whole_files, write_analyze
 
 VOLUME_SHAPE = (144, 192, 256)
 BRAIN_SHAPE = (128, 164, 136)  # the part of the volume that a brain lies in
@@ -139,7 +139,7 @@ def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 
         description = f"phantom seed {seed} subject {number}"
         if number > subjects and (surplus := Path(output_dir) / f"subject-{number}-label.hdr").exists():
             raise InputError(f"{surplus}: subject {number} shall have no label; choose another --output_dir")
-        if _is_there([Path(output_dir) / f"subject-{number}-{kind}.hdr" for kind in kinds], description):
+        if made_already([Path(output_dir) / f"subject-{number}-{kind}.hdr" for kind in kinds], description):
             continue
         rng = np.random.default_rng([seed, number])
         label = label_map(rng)
@@ -152,12 +152,3 @@ def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 
             for kind in kinds:
                 write_analyze(temporary / f"subject-{number}-{kind}.hdr", volumes[kind], description)
     print(f"phantom subjects: {subjects} labelled and {unlabeled} unlabelled in {output_dir}")
-
-
-def _is_there(headers: list[Path], description: str) -> bool:
-    """Whether all these Analyze headers exist; one that describes something else is an error."""
-    existing = [path for path in headers if path.exists()]
-    for path in existing:
-        if description.encode() not in path.read_bytes():
-            raise InputError(f"{path}: is there already and isn't {description}; choose another --output_dir")
-    return len(existing) == len(headers)

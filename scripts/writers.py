@@ -4,7 +4,7 @@ import csv
 import errno
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +15,8 @@ from weakref import WeakSet
 import nibabel as nib
 import numpy as np
 from ignite.engine import Engine, Events
-from nibabel.spatialimages import SpatialImage
+from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from scripts.bids import derivative_path
 from scripts.errors import InputError
@@ -63,6 +64,24 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
                 f"{directory}: can't be written ({reason}); make room or allow it, or choose another folder"
             ) from error
         raise
+
+
+def made_already(paths: Iterable[Path], description: str) -> bool:
+    """Whether all these Analyze or NIfTI files are there and describe themselves so.
+
+    Raises:
+        InputError: one is there and is something else.
+    """
+    paths = list(paths)
+    existing = [path for path in paths if path.exists()]
+    for path in existing:
+        try:
+            found = nib.load(path).header["descrip"].item().decode(errors="replace")
+        except (ImageFileError, HeaderDataError, OSError):
+            found = None
+        if found != description:
+            raise InputError(f"{path}: is there already and isn't {description}; choose another --output_dir")
+    return len(existing) == len(paths)
 
 
 def add_to_zip(archive: zipfile.ZipFile, name: str, content: bytes) -> None:

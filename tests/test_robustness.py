@@ -1,0 +1,83 @@
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import bundle
+
+from scripts.errors import InputError
+from scripts.robustness import CONDITIONS, dice, robustness, scan
+from scripts.synthesis import histogram_overlap
+from scripts.synthesize import LabelMap
+from scripts.writers import read_csv
+
+
+@pytest.fixture
+def brain(brains) -> LabelMap:
+    return LabelMap("A", brains[0]["label"][::-1].copy(), np.eye(4))
+
+
+def images(brain: LabelMap, title: str) -> dict[str, np.ndarray]:
+    scanned = scan(brain, CONDITIONS[title], np.random.default_rng(0))
+    return {kind: np.asarray(image.dataobj) for kind, image in scanned.items()}
+
+
+@pytest.mark.parametrize("title", CONDITIONS)
+def test_scan_has_a_brain_where_its_label_has_one(brain, title):
+    scanned = images(brain, title)
+    assert set(np.unique(scanned["label"])) == {0, 1, 2, 3}
+    assert np.array_equal(scanned["T1"] > 0, scanned["label"] > 0)
+    assert np.array_equal(scanned["T2"] > 0, scanned["label"] > 0)
+
+
+def test_conditions_are_what_they_say(brain):
+    usual = images(brain, "nominal")
+    inside = usual["T1"] > 20
+    np.testing.assert_allclose(images(brain, "gain x 2")["T1"][inside], 2 * usual["T1"][inside])
+    noisy = images(brain, "noise x 2")
+    gm, wm = (usual["label"] == tissue for tissue in (2, 3))
+    assert noisy["T1"][gm].std() > 1.1 * usual["T1"][gm].std()
+    assert histogram_overlap(noisy["T1"][gm], noisy["T1"][wm]) > histogram_overlap(usual["T1"][gm], usual["T1"][wm])
+    # the same noise is drawn, so what differs is the field
+    field = images(brain, "bias field x 2")["T1"][inside] / usual["T1"][inside]
+    assert field.std() > 0.005
+    volume = np.count_nonzero(inside)
+    for side in (0.8, 1.5):
+        image = scan(brain, CONDITIONS[f"voxels of {side} mm"], np.random.default_rng(0))["label"]
+        assert nib.affines.voxel_sizes(image.affine) == pytest.approx(side)
+        assert np.count_nonzero(image.dataobj) * side**3 == pytest.approx(volume, rel=0.03)
+    for title in ("nodding", "tilted", "turned"):
+        label = images(brain, f"{title} by 15 degrees")["label"]
+        assert 0.5 < dice(label, usual["label"])["mean"] < 0.95
+
+
+def test_dice_by_hand():
+    label = np.zeros((4, 4, 4), dtype=np.uint8)
+    label[0], label[1], label[2] = 1, 2, 3
+    found = label.copy()
+    found[0, :2] = 2  # half of CSF taken for GM: 2 * 8 / 24, 2 * 16 / 40
+    assert dice(found, label) == pytest.approx({"csf": 2 / 3, "gm": 0.8, "wm": 1, "mean": (2 / 3 + 1.8) / 3})
+
+
+def test_name_without_label_map(brain, tmp_path):
+    nib.save(nib.Nifti1Image(brain.label, brain.affine), tmp_path / "A.nii.gz")
+    with pytest.raises(InputError, match="has no label map B"):
+        robustness(str(tmp_path), str(tmp_path / "out"), names=["B"])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_table_is_the_mean_of_the_rows(brain, tmp_path):
+    nib.save(nib.Nifti1Image(brain.label, brain.affine), tmp_path / "A.nii.gz")
+    out = tmp_path / "out"
+    result = bundle("robustness", "--labels_dir", str(tmp_path), "--output_dir", str(out), module="scripts")
+    assert result.returncode == 0, result.stderr
+    rows = read_csv(out / "robustness.csv")
+    assert [row["condition"] for row in rows] == [*CONDITIONS, "procedural phantom"]
+    assert (out / "robustness.md").read_text() in result.stdout
+    for row, line in zip(rows, (out / "robustness.md").read_text().splitlines()[2:], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        expected = [f"{100 * float(row[name]):.1f}" for name in ("csf", "gm", "wm", "mean", "mean")]
+        assert cells == [row["condition"], *expected]
+    by_condition = {row["condition"]: float(row["mean"]) for row in rows}
+    # each channel is normalised, so a gain changes nothing but rounding
+    assert by_condition["gain x 2"] == pytest.approx(by_condition["nominal"], abs=0.005)
+    assert by_condition["procedural phantom"] > 0.8
