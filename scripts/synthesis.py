@@ -18,6 +18,7 @@ from monai.transforms import MapTransform, RandBiasField, RandomizableTransform,
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
 from scipy.stats import norm
 
+from scripts.errors import InputError
 from scripts.transforms import Tissue
 
 
@@ -321,12 +322,17 @@ class RandSixMonthImaged(RandomizableTransform, MapTransform):
         label_key: its label, 0 to 3, (1, X, Y, Z).
         prob: share of the patches that are replaced.
         allow_missing_keys: whether an image may be missing.
+
+    Raises:
+        InputError: `prob`, which is the setting synthetic_share, isn't from 0 to 1.
     """
 
     def __init__(
         self, keys: Hashable, label_key: Hashable = "label", prob: float = 1.0, allow_missing_keys: bool = False
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
+        if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0 <= prob <= 1:
+            raise InputError(f"--synthetic_share {prob}: must be a number from 0 to 1")
         RandomizableTransform.__init__(self, prob)
         self.label_key = label_key
 

@@ -57,6 +57,8 @@ def homes(tmp_path_factory, brains):
             save_subject(training, str(subject), brains[subject % 2])
         for subject in range(11, 24) if "MindSpore" in (ROOT / page).read_text() else (11, 12):
             save_subject(testing, str(subject), brains[subject % 2], labeled=False)
+        for name, brain in zip("AB", brains, strict=True):
+            save_volume(directory / "data" / "label-maps" / f"{name}.nii.gz", brain["label"])
         for name in ("sub-01/anat/sub-01", "sub-02/ses-1/anat/sub-02_ses-1"):
             for kind in ("T1", "T2"):
                 save_volume(directory / "data" / "bids" / f"{name}_{kind}w.nii.gz", brains[0][kind])

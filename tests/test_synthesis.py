@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.ndimage import center_of_mass
 
+from scripts.errors import InputError
 from scripts.phantom import label_map
 from scripts.synthesis import (
     APPEARANCES,
@@ -118,3 +119,9 @@ def test_transform_replaces_as_many_patches_as_it_was_told_and_never_the_label(l
     assert not item["image"].any()
     assert all(torch.equal(result["label"], item["label"]) for result in results)
     assert not any(RandSixMonthImaged("image", prob=0.0)(item)["image"].any() for _ in range(5))
+
+
+@pytest.mark.parametrize("share", [1.5, -0.1, "half", True])
+def test_share_that_can_not_be(share):
+    with pytest.raises(InputError, match=f"--synthetic_share {share}: must be a number from 0 to 1"):
+        RandSixMonthImaged("image", prob=share)
