@@ -22,6 +22,7 @@ from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import ensure_tuple, set_determinism
 
 from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
+from scripts.exported import is_exported
 from scripts.subjects import Ids
 
 
@@ -103,7 +104,11 @@ def nearest(name: str, known: Collection[str]) -> str | None:
 
 
 def require_training_settings(
-    network: torch.nn.Module, patch_size: Sequence[int], val_subjects: Ids, **whole_numbers: int
+    network: torch.nn.Module,
+    patch_size: Sequence[int],
+    val_subjects: Ids,
+    start_from: str | None = None,
+    **whole_numbers: int,
 ) -> None:
     """Refuse settings that can't train before anything is loaded.
 
@@ -111,6 +116,7 @@ def require_training_settings(
         network: whose `stride` the patch must be a multiple of.
         patch_size: voxels along each axis, or one number for all three.
         val_subjects: must name at least one.
+        start_from: must be a checkpoint that can be trained further, if given.
         whole_numbers: settings that must be whole numbers of at least 1, by name.
 
     Raises:
@@ -121,6 +127,8 @@ def require_training_settings(
         raise InputError(f"--patch_size {patch_size}: must be multiples of {network.stride}, like [64,64,64]")
     if not ensure_tuple(val_subjects):
         raise InputError(f"--val_subjects {val_subjects}: names none; name at least one labelled subject, like [9]")
+    if start_from is not None and (not isinstance(start_from, str) or not start_from or is_exported(start_from)):
+        raise InputError(f"--start_from {start_from}: isn't a checkpoint that can be trained; name one, like model.pt")
 
 
 def keep_freed_memory() -> None:

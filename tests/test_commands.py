@@ -64,6 +64,17 @@ def trained(dataset, tmp_path_factory) -> Path:
     return output
 
 
+@pytest.mark.slow
+def test_training_starts_from_a_checkpoint(dataset, trained, tmp_path):
+    found = torch.load(trained / "model.pt", weights_only=True)
+    result = train(dataset, tmp_path, "--start_from", str(trained / "model.pt"), "--learning_rate", "1e-9")
+    assert result.returncode == 0, result.stderr
+    after = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    for name, weights in SkipDenseSeg().named_parameters():
+        torch.testing.assert_close(after[name], found[name], rtol=0, atol=1e-6)
+        assert weights.ndim == 1 or not torch.allclose(weights, found[name], atol=1e-3)
+
+
 @pytest.fixture(scope="module")
 def segmented(dataset, tmp_path_factory) -> Path:
     """Segmentations of subjects 9 (labelled) and 11 with the weights that the bundle includes."""

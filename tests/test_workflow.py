@@ -104,6 +104,8 @@ def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
         ({"patch_size": [50, 64, 64]}, r"--patch_size \[50, 64, 64\]: must be multiples of 4"),
         ({"patch_size": 0}, "--patch_size 0"),
         ({"val_subjects": []}, r"--val_subjects \[\]: names none"),
+        ({"start_from": "model.ts"}, "start_from model.ts: isn't a checkpoint that can be trained"),
+        ({"start_from": ["a.pt", "b.pt"]}, "start_from .*: isn't a checkpoint that can be trained"),
     ],
 )
 def test_settings_that_can_not_train(settings, message):
