@@ -59,16 +59,16 @@ DEVIATIONS = 3
 SMALLEST_BRAIN = sum(mean for mean, _ in SIX_MONTHS.values()) / 2
 # ml; a brain whose tissues are all at the upper end of their ranges; a head has more, with its skull
 LARGEST_BRAIN = sum(mean + DEVIATIONS * deviation for mean, deviation in SIX_MONTHS.values())
-# share of the voxels on the faces of the volume where T1 may be above 0: the outermost slices of a brain that is cut to
-# its box have about 1 in 20, while a head is cut off at the neck, and noise in the air is everywhere
+# share of the voxels on the faces of the volume where T1 may be above 0: where a brain is cut to its box it is 1 in
+# 100, while a head is cut off at the neck, and noise in the air is everywhere
 LARGEST_SHARE_OF_FACES = 0.1
 # share of the brain that may be labelled background: in iSeg's labels and those of phantoms none is
 LARGEST_BACKGROUND = 0.05
 # share of the brain that may be without T2: on iSeg's scans T1 and T2 differ by a voxel here and there
 LARGEST_WITHOUT_T2 = 0.01
-# difference of the two sides of a tissue as a share of their sum: hemispheres differ by a few percent, and each
-# millimetre by which the middle of the box misses that of the brain adds about two
-LARGEST_ASYMMETRY = 0.1
+# difference of the two sides of a tissue as a share of their sum: hemispheres differ by a few percent, each millimetre
+# by which the middle of the box misses that of the brain adds two or three, and phantoms come to 0.12
+LARGEST_ASYMMETRY = 0.15
 
 # names of TensorBoard's curves
 TRAINING_LOSS = "train_loss"
@@ -87,6 +87,7 @@ STATIC_SCALE = 2  # pixels for a voxel of the viewer
 QUALITIES = (50, 40, 30, 25, 20, 15, 10)
 LARGEST_SCAN, LARGEST_STATIC = 160_000, 70_000  # bytes
 UNCERTAINTY_STEP = 2  # voxels along a side of the cubes whose mean uncertainty is shown
+OPAQUE_UNCERTAINTY = 85  # of 255; less lets the scan shine through
 LABEL_STEP = 16  # grey levels from one label to the next, which rounding then can't mistake
 
 
@@ -293,7 +294,7 @@ def _coarser(values: np.ndarray) -> np.ndarray:
 
 
 def _webp(picture: np.ndarray, largest: int | None = None) -> bytes:
-    """A picture, grey or RGB, as WebP: exact, or in the best of QUALITIES that has at most so many bytes, if any has."""
+    """A picture, grey or RGB, as WebP: exact, or in the best of QUALITIES that has at most so many bytes if any has."""
     for quality in QUALITIES:
         content = io.BytesIO()
         how = {"lossless": True, "quality": 50} if largest is None else {"quality": quality}
@@ -318,9 +319,8 @@ def _static(layers: Mapping[str, np.ndarray], segmented: np.ndarray, true: np.nd
         return np.concatenate(parts, axis=1)
 
     def painted(grey: np.ndarray, where: np.ndarray, color: np.ndarray) -> np.ndarray:
-        picture = np.repeat(grey[..., None] / 255, 3, -1)
-        picture[where] = color[where] if color.ndim == 3 else color
-        return picture
+        """A slice with colours (…, 3) laid over by `where`, from 0 to 1."""
+        return grey[..., None] / 255 * (1 - where[..., None]) + color * where[..., None]
 
     rows = []
     for name in ("t1", "t2"):
@@ -329,11 +329,11 @@ def _static(layers: Mapping[str, np.ndarray], segmented: np.ndarray, true: np.nd
         rows.append(row([painted(grey, edge > 0, colors[edge]) for grey, edge in pairs]))
     if true is not None:
         pairs = zip(planes(layers["t1"]), planes(segmented != true), strict=True)
-        rows.append(row([painted(grey, wrong, np.array(to_rgb(DISAGREEMENT_COLOR))) for grey, wrong in pairs]))
+        rows.append(row([painted(grey, wrong, to_rgb(DISAGREEMENT_COLOR)) for grey, wrong in pairs]))
     if "uncertainty" in layers:
         shades = matplotlib.colormaps[UNCERTAINTY_COLORS]
         pairs = zip(planes(layers["t1"]), planes(layers["uncertainty"]), strict=True)
-        rows.append(row([painted(grey, grey > 0, shades(values)[..., :3]) for grey, values in pairs]))
+        rows.append(row([painted(g, np.minimum(u / OPAQUE_UNCERTAINTY, 1), shades(u)[..., :3]) for g, u in pairs]))
     return (255 * np.concatenate(rows)).round().astype(np.uint8)
 
 
@@ -488,6 +488,7 @@ def render(
             "uncertainty": inferno.tolist(),
             "labelStep": LABEL_STEP,
             "uncertaintyStep": UNCERTAINTY_STEP,
+            "opaqueUncertainty": OPAQUE_UNCERTAINTY,
             "place": middle((1000, 1000, 1000)).tolist(),
         },
         parts=parts,

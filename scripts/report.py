@@ -42,8 +42,7 @@ def brain_box(t1: np.ndarray) -> tuple[slice, slice, slice]:
 
 
 def middle(shape: Sequence[int]) -> np.ndarray:
-    """A place in the brain's box, a little beside its middle, where a sagittal slice would show the gap between the
-    hemispheres."""
+    """A place in the brain's box, a little beside its middle, where a sagittal slice would show the brain's gap."""
     return (np.array(shape) * (0.4, 0.5, 0.55)).astype(int)
 
 

@@ -2,7 +2,7 @@
 // The viewers of report.html: three planes through T1 and T2 with outlines, errors and uncertainty laid over.
 
 const CONSTANTS = JSON.parse(document.getElementById("constants").textContent);
-const SCALE = 3; // pixels of a canvas for a voxel
+const SCALE = 4; // pixels of a canvas for a voxel, even so that lines are sharp
 const SCANS = ["t1", "t2"];
 // axes (0 right, 1 front, 2 top) of each plane: across and up the picture, and the one the slider moves along;
 // across runs from right to left but in the sagittal plane
@@ -123,7 +123,10 @@ class Viewer {
         const picture = new ImageData(grey.width, grey.height);
         grey.values.forEach((value, i) => {
           let color = [value, value, value];
-          if (uncertainty && segmented[i]) color = CONSTANTS.uncertainty[uncertainty[i]];
+          if (uncertainty && segmented[i]) {
+            const weight = Math.min(uncertainty[i] / CONSTANTS.opaqueUncertainty, 1);
+            color = CONSTANTS.uncertainty[uncertainty[i]].map((part) => weight * part + (1 - weight) * value);
+          }
           if (shown("errors") && segmented[i] !== truth[i]) color = rgb(CONSTANTS.errors);
           picture.data.set([...color, 255], 4 * i);
         });
