@@ -13,6 +13,7 @@ demo: demo/.segmented
 	@echo "scores:       demo/metrics.csv, drawn in demo/subject-6-scored.png"
 	@echo "segmentation: demo/segmentation/subject-7-label.nii.gz, drawn in demo/segmentation/subject-7-label.png"
 	@echo "volumes:      demo/segmentation/volumes.csv"
+	@echo "reports:      demo/report.html and demo/segmentation/report.html, to be opened in a browser"
 
 demo/.phantom: | $(VENV)/.installed
 	$(PY) -m scripts phantom --output_dir data/phantom --subjects 6 --unlabeled 1 --seed 0

@@ -28,7 +28,16 @@ LABELS = (
     {"index": int(Tissue.WM), "name": "White Matter", "abbreviation": "WM", "mapping": 2},
 )
 # what BIDS has no names for
-BIDSIGNORE = ("figures", "volumes.tsv", "volumes.json", "*_uncertainty.*", "rank-*.log", "mlruns", "mlruns.db")
+BIDSIGNORE = (
+    "figures",
+    "report.html",
+    "volumes.tsv",
+    "volumes.json",
+    "*_uncertainty.*",
+    "rank-*.log",
+    "mlruns",
+    "mlruns.db",
+)
 VOLUME_COLUMNS = {
     "subject": {"Description": "Name of the T1w without desc, suffix and extension"},
     "participant_id": {"Description": "Participant, as in participants.tsv"},

@@ -1,6 +1,7 @@
 """Pictures by which a person judges a segmentation."""
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import nibabel as nib
@@ -16,21 +17,41 @@ from monai.engines import IterationEvents
 from scripts.transforms import Tissue
 from scripts.writers import BackgroundWriter, result_path, whole_files
 
-TISSUE_COLORS = {Tissue.CSF: "#3b82f6", Tissue.GM: "#22c55e", Tissue.WM: "#facc15"}
-DISAGREEMENT_COLOR = "#ef4444"
+# told apart, and from grey, without colour vision of one kind or another: three of Okabe and Ito's, and violet
+TISSUE_COLORS = {Tissue.CSF: "#56b4e9", Tissue.GM: "#d55e00", Tissue.WM: "#f0e442"}
+DISAGREEMENT_COLOR = "#aa00ff"
 # told apart without colour vision: it brightens evenly
 UNCERTAINTY_COLORS = "inferno"
 
 
-def _canonical(values: MetaTensor) -> np.ndarray:
+def canonical(values: MetaTensor) -> np.ndarray:
     """The only channel, its axes turned to run right, front, top."""
-    image = nib.Nifti1Image(values[0].cpu().numpy().astype(np.float32), values.affine.cpu().numpy())
-    return np.asarray(nib.as_closest_canonical(image).dataobj)
+    return nib.apply_orientation(values[0].cpu().numpy(), nib.io_orientation(values.affine.cpu().numpy()))
 
 
-def _slices(values: np.ndarray, centre: np.ndarray) -> list[np.ndarray]:
-    """Axial, coronal and sagittal slice, as seen with the front or the top up and the subject's right on the left."""
-    x, y, z = centre
+def canonical_voxel_size(values: MetaTensor) -> np.ndarray:
+    """Size of a voxel in mm to the right, front and top."""
+    affine = values.affine.cpu().numpy()
+    return nib.affines.voxel_sizes(affine)[nib.io_orientation(affine)[:, 0].argsort()]
+
+
+def brain_box(t1: np.ndarray) -> tuple[slice, slice, slice]:
+    """The smallest box that holds all of T1 (X, Y, Z) that is above 0."""
+    occupied = [np.flatnonzero((t1 > 0).any(others)) for others in ((1, 2), (0, 2), (0, 1))]
+    return tuple(slice(places[0], places[-1] + 1) for places in occupied)
+
+
+def middle(shape: Sequence[int]) -> np.ndarray:
+    """A place in the brain's box, a little beside its middle, where a sagittal slice would show the brain's gap."""
+    return (np.array(shape) * (0.4, 0.5, 0.55)).astype(int)
+
+
+def slices(values: np.ndarray, place: np.ndarray) -> list[np.ndarray]:
+    """Axial, coronal and sagittal slice, as seen with the front or the top up and the subject's right on the left.
+
+    Rows run upwards, as `imshow` draws them with `origin="lower"`.
+    """
+    x, y, z = place
     return [values[::-1, :, z].T, values[::-1, y, :].T, values[x, :, :].T]
 
 
@@ -50,25 +71,21 @@ def segmentation_picture(
         title: stands above the picture.
         uncertainty: from 0 to 1 likewise, as `scripts.probabilities` has it; a column shows it inside the brain.
     """
-    t1_values, segmented = _canonical(t1), _canonical(prediction)
-    brain = np.argwhere(t1_values > 0)
-    low, high = brain.min(0), brain.max(0) + 1
-    box = tuple(slice(a, b) for a, b in zip(low, high, strict=True))
-    # a little beside the middle, where a sagittal slice would show the gap between the hemispheres
-    centre = ((high - low) * (0.4, 0.5, 0.55)).astype(int)
-    zooms = np.array(nib.affines.voxel_sizes(t1.affine.cpu().numpy()))
-    zooms = zooms[nib.io_orientation(t1.affine.cpu().numpy())[:, 0].argsort()]
-    aspects = (zooms[1] / zooms[0], zooms[2] / zooms[0], zooms[2] / zooms[1])
+    t1_values, segmented = canonical(t1), canonical(prediction)
+    box = brain_box(t1_values)
+    place = middle(t1_values[box].shape)
+    x, y, z = canonical_voxel_size(t1)
+    aspects = (y / x, z / x, z / y)
 
     colors = ListedColormap(TISSUE_COLORS.values())
     overlays = {"T1": None, "segmentation": segmented[box]}
     if label is not None:
-        truth = _canonical(label)[box]
+        truth = canonical(label)[box]
         overlays |= {"label": truth, "disagreement": truth != segmented[box]}
     if uncertainty is not None:
-        overlays["uncertainty"] = np.ma.masked_array(_canonical(uncertainty)[box], t1_values[box] <= 0)
+        overlays["uncertainty"] = np.ma.masked_array(canonical(uncertainty)[box], t1_values[box] <= 0)
     figure = Figure(figsize=(3.2 * len(overlays), 10), layout="constrained", facecolor="black")
-    grey = _slices(t1_values[box], centre)
+    grey = slices(t1_values[box], place)
     heights = [aspect * slice_.shape[0] / slice_.shape[1] for slice_, aspect in zip(grey, aspects, strict=True)]
     axes = figure.subplots(3, len(overlays), height_ratios=heights)
     brightest = np.percentile(t1_values[t1_values > 0], 99.5)
@@ -82,7 +99,7 @@ def segmentation_picture(
                 axis.text(0.02, 0.98, "R", color="white", transform=axis.transAxes, verticalalignment="top")
             if overlay is None:
                 continue
-            marks = _slices(overlay, centre)[row]
+            marks = slices(overlay, place)[row]
             if name == "uncertainty":
                 shades = axis.imshow(marks, cmap=UNCERTAINTY_COLORS, vmin=0, vmax=1, origin="lower", aspect=aspect)
                 continue
@@ -105,7 +122,7 @@ def segmentation_picture(
         bar = figure.colorbar(shades, ax=axes[:, -1], shrink=0.6, label="0: certain, 1: all classes equally probable")
         bar.ax.tick_params(colors="white")
         bar.ax.yaxis.label.set_color("white")
-    figure.suptitle(title, color="white")
+    figure.suptitle(title, color="white", parse_math=False)
     return figure
 
 

@@ -272,7 +272,7 @@ class LoadSubjectd(Transform):
     and T2 become 0 where it isn't above 0. Gives, on the grid of the T1 file and with its affine, a copy with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or from HDF5 as `read_hdf5` gives them
-    - `t1`: float32 (1, X, Y, Z), the first channel once more, to be kept on its own grid
+    - `t1`, `t2`: float32 (1, X, Y, Z), the channels once more, to be kept on their own grid
     - `label`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is one
 
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
@@ -306,7 +306,9 @@ class LoadSubjectd(Transform):
             # where an image has a NIfTI file's name, Spacingd takes any `image_...` beside it, such as the `image_path`
             # of MONAI Label, for a dict of its meta data
             del loaded["image"].meta["filename_or_obj"]
-        loaded["t1"] = _meta_tensor(image[:1].copy(), affine, t1_path)
+        t2_path = t1_path if isinstance(data["image"], str) else data["image"][1]
+        for name, channel, path in (("t1", image[:1], t1_path), ("t2", image[1:], t2_path)):
+            loaded[name] = _meta_tensor(channel.copy(), affine, path)
         if label is not None:
             loaded["label"] = _meta_tensor(label[None], affine, data["label"])
         return loaded

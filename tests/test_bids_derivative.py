@@ -274,6 +274,9 @@ def test_the_config(tmp_path, monkeypatch, capsys, caplog):
     sidecar = json.loads((output / "sub-01/ses-a/anat" / f"{stem}.json").read_text())
     assert [source.rsplit("_")[-1] for source in sidecar["Sources"]] == ["T1w.nii.gz", "T2w.nii.gz", "mask.nii.gz"]
     assert (output / "sub-01/ses-a/figures" / f"{stem}.png").stat().st_size > 10_000
+    report = (output / "report.html").read_text()
+    assert "T1: sub-01_ses-a_desc-preproc_T1w.nii.gz" in report
+    assert "mask: sub-01_ses-a_desc-brain_mask.nii.gz" in report
     assert errors(output) == set()
 
 

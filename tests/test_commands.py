@@ -137,6 +137,9 @@ def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tm
     assert "| Subject | CSF | GM | WM | Average |" in result.stdout
     assert f"| 9 | {' | '.join(percent)} |" in result.stdout
     assert (tmp_path / "subject-9-scored.png").stat().st_size > 10_000
+    report = (tmp_path / "report.html").read_text()
+    assert report.count('class="viewer"') == 1
+    assert f"<td>{percent[0]}</td><td>{percent[1]}</td>" in report
 
 
 def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, segmented, tmp_path):
@@ -215,7 +218,7 @@ def test_volumes_are_those_of_the_segmentation(segmented):
 def test_unlabelled_subjects_are_segmented_by_default_also_as_analyze(dataset, tmp_path):
     result = segment(dataset, tmp_path, "--label_suffix", ".hdr")
     assert result.returncode == 0, result.stderr
-    names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11-label.png", "volumes.csv"}
+    names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11-label.png", "volumes.csv", "report.html"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert set(np.unique(np.asarray(nib.load(tmp_path / "subject-11-label.hdr").dataobj))) <= {0, 10, 150, 250}
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -133,6 +134,14 @@ def five_subjects(tmp_path_factory, brains):
 IDS = ["1", "2", "3", "4", "5"]
 
 
+def reported(output: Path) -> list[str]:
+    """The subjects in the report, each with its viewer."""
+    report = (output / "report.html").read_text()
+    subjects = re.findall(r"<h2>Subject (.*)</h2>", report)
+    assert report.count('class="viewer"') == len(subjects)
+    return subjects
+
+
 @pytest.mark.parametrize(
     "processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
 )
@@ -145,6 +154,7 @@ def test_evaluation_scores_every_subject_once(five_subjects, tmp_path, processes
     assert [row["subject"] for row in read_csv(tmp_path / "metrics.csv")] == IDS
     assert result.stdout.count("| mean |") == 1
     assert {path.name for path in tmp_path.glob("*.png")} == {f"subject-{n}-scored.png" for n in IDS}
+    assert reported(tmp_path) == IDS
 
 
 @pytest.mark.parametrize(
@@ -160,6 +170,7 @@ def test_inference_segments_every_subject_once(five_subjects, tmp_path, processe
     assert [row["subject"] for row in read_csv(tmp_path / "volumes.csv")] == subjects
     assert {path.name for path in tmp_path.glob("*.nii.gz")} == {f"subject-{n}-label.nii.gz" for n in subjects}
     assert result.stdout.count(f"subjects segmented: {len(subjects)}") == 1
+    assert reported(tmp_path) == subjects
 
 
 def test_the_same_configs_in_one_process(dataset, tmp_path):

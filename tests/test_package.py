@@ -315,7 +315,7 @@ def followed_page(dist, clean_environment, brains, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_page_leads_from_nothing_to_a_segmentation(followed_page):
     names = {path.name for path in (followed_page / "labels").iterdir()}
-    assert names == {"subject-11-label.nii.gz", "subject-11-label.png", "volumes.csv"}
+    assert names == {"subject-11-label.nii.gz", "subject-11-label.png", "volumes.csv", "report.html"}
     assert {path.name for path in followed_page.iterdir()} == {"bundles", "labels", "scans"}
 
 

@@ -1,9 +1,12 @@
+import itertools
+
 import matplotlib.colors
 import numpy as np
+import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.report import DISAGREEMENT_COLOR, UNCERTAINTY_COLORS, segmentation_picture
+from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, UNCERTAINTY_COLORS, segmentation_picture
 
 
 def pixels(figure) -> np.ndarray:
@@ -24,7 +27,7 @@ def volumes(affine: np.ndarray) -> list[MetaTensor]:
     ]
 
 
-def test_each_tissue_has_its_colour_and_a_disagreement_is_red():
+def test_each_tissue_has_its_colour_and_so_has_a_disagreement():
     t1, label = volumes(np.eye(4))
     prediction = label.clone()
     prediction[0, :, :, 22:] = 1
@@ -33,8 +36,8 @@ def test_each_tissue_has_its_colour_and_a_disagreement_is_red():
     assert titles == ["T1", "segmentation", "label", "disagreement"]
     assert figure.get_suptitle() == "subject 9"
     image = pixels(figure)
-    red = np.array(matplotlib.colors.to_rgb(DISAGREEMENT_COLOR))
-    assert (np.abs(image - red).max(axis=-1) < 0.02).any()
+    color = np.array(matplotlib.colors.to_rgb(DISAGREEMENT_COLOR))
+    assert (np.abs(image - color).max(axis=-1) < 0.02).any()
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["CSF", "GM", "WM", "disagreement"]
 
 
@@ -92,3 +95,35 @@ def test_column_of_the_uncertainty_with_its_scale():
     assert set(shown.get_array().compressed().tolist()) == {0.25}
     color = np.array(matplotlib.colormaps[UNCERTAINTY_COLORS](0.25)[:3])
     assert (np.abs(pixels(figure) - color).max(axis=-1) < 0.02).any()
+
+
+# what is left of linear RGB without one of the three kinds of cones (Machado, Oliveira, Fernandes 2009)
+COLOR_VISION = {
+    "usual": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+def cie_lab(color: str, vision: str) -> np.ndarray:
+    """Where a colour appears in CIELAB, in which equal distances look alike: lightness and two of hue."""
+    srgb = np.array(matplotlib.colors.to_rgb(color))
+    linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+    seen = np.clip(np.array(COLOR_VISION[vision]) @ linear, 0, 1)
+    xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]) @ seen
+    x, y, z = np.cbrt(np.maximum(xyz / (0.9505, 1, 1.089), 1e-3))
+    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
+
+
+@pytest.mark.parametrize("vision", COLOR_VISION)
+def test_colours_are_told_apart_and_from_grey(vision):
+    """A distance of 2 can just be seen side by side; green beside red had 13 in deuteranopia."""
+    colors = [cie_lab(color, vision) for color in (*TISSUE_COLORS.values(), DISAGREEMENT_COLOR)]
+    assert min(np.linalg.norm(one - other) for one, other in itertools.combinations(colors, 2)) > 30
+    assert min(np.linalg.norm(color[1:]) for color in colors) > 15
+
+
+def test_title_is_no_formula():
+    t1, label = volumes(np.eye(4))
+    pixels(segmentation_picture(t1, label, title="subject $\\frac{"))

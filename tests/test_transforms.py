@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,8 @@ def test_loaded_subject(tmp_path):
     loaded = LoadSubjectd()(subject_of(tmp_path, T1=VALUES, T2=VALUES + 7, label=label))
     np.testing.assert_array_equal(loaded["image"], np.stack([VALUES, VALUES + 7]))
     np.testing.assert_array_equal(loaded["t1"], VALUES[None])
+    np.testing.assert_array_equal(loaded["t2"], VALUES[None] + 7)
+    assert Path(loaded["t2"].meta["filename_or_obj"]).name.startswith("subject-1-T2")
     np.testing.assert_array_equal(loaded["label"], np.searchsorted([0, 10, 150, 250], label)[None])
     assert loaded["subject"] == "1"
     assert loaded["image"].affine.diag().tolist() == [-1, 1, 1, 1]
@@ -85,7 +89,7 @@ def test_one_file_of_t1_and_t2(tmp_path, axes):
         save_volume(tmp_path / f"subject-1-{kind}.nii.gz", volume, AFFINE)
     loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz")})
     pair = LoadSubjectd()(find_subjects(str(tmp_path))[0])
-    for key in ("image", "t1"):
+    for key in ("image", "t1", "t2"):
         np.testing.assert_array_equal(loaded[key], pair[key])
         np.testing.assert_array_equal(loaded[key].affine, pair[key].affine)
     assert loaded["t1"].meta["filename_or_obj"] == str(tmp_path / "both.nii.gz")

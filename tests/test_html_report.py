@@ -1,0 +1,632 @@
+"""The page: what it says, what it shows, and that nothing in it can run or fetch anything but its own viewer."""
+
+import base64
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from ignite.engine import Engine, Events
+from matplotlib.colors import to_rgb
+from monai.data import MetaTensor
+from PIL import Image
+from torch.utils.tensorboard import SummaryWriter
+
+from scripts import html_report
+from scripts.html_report import (
+    LABEL_STEP,
+    LARGEST_BRAIN,
+    MOST_VIEWERS,
+    SIX_MONTHS,
+    SMALLEST_BRAIN,
+    Part,
+    ReportSaver,
+    brain_left_unlabelled,
+    draw,
+    few_foreground_voxels,
+    left_right_asymmetry,
+    not_skull_stripped,
+    render,
+    side_by_side,
+    subject_part,
+    t2_missing,
+    training_history,
+    usual_range,
+    volume_out_of_range,
+)
+from scripts.metrics import tissue_scores
+from scripts.phantom import label_map
+from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, brain_box
+from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.transforms import Tissue
+from scripts.writers import read_csv, write_csv
+
+LAS = torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64))
+HOSTILE = """<script>alert('1')</script>"><img src=x onerror=alert(2)>&amp;$\\frac{ 日本"""
+PROVENANCE = {"date": "today", "command": "python -m monai.bundle run", "checkpoint model.pt": "SHA-256 abc"}
+
+
+def volume(values: np.ndarray, affine: torch.Tensor = LAS, name: str = "scan.nii.gz") -> MetaTensor:
+    return MetaTensor(torch.from_numpy(values[None].copy()), affine=affine, meta={"filename_or_obj": f"data/{name}"})
+
+
+def subject(brain: dict[str, np.ndarray], subject_id: str = "9", labeled: bool = False, uncertain: bool = False) -> Any:
+    """A subject as an evaluator has it, whose segmentation is wrong in a slab on the subject's right."""
+    prediction = brain["label"].copy()
+    wrong = prediction[:25, 30:34, :]
+    wrong[wrong > 0] = wrong[wrong > 0] % 3 + 1
+    item = {"subject": subject_id, "pred": volume(prediction)}
+    for key, kind in (("t1", "T1"), ("t2", "T2")):
+        item[key] = volume(brain[kind].astype(np.float32), name=f"subject-{subject_id}-{kind}.hdr")
+    if labeled:
+        item["label"] = volume(brain["label"], name=f"subject-{subject_id}-label.hdr")
+    if uncertain:
+        item["uncertainty"] = volume(np.where(prediction > 0, 0.5, 0).astype(np.float32))
+    return item
+
+
+def scores_of(item: Any) -> dict[str, str]:
+    scores = tissue_scores(item["pred"].as_tensor(), item["label"].as_tensor(), (1, 1, 1))
+    return {name: str(value) for name, value in scores.items()}
+
+
+def picture(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+
+
+# warnings
+
+
+@pytest.mark.parametrize("tissue", list(Tissue))
+def test_warning_of_a_volume_beyond_three_deviations(tissue):
+    usual = {f"{each.name.lower()}_ml": mean for each, (mean, _) in SIX_MONTHS.items()}
+    assert volume_out_of_range(usual) is None
+    for edge, beyond in zip(usual_range(tissue), (-1, 1), strict=True):
+        assert volume_out_of_range(usual | {f"{tissue.name.lower()}_ml": edge}) is None
+        message = volume_out_of_range(usual | {f"{tissue.name.lower()}_ml": edge + beyond})
+        assert message.startswith(f"{tissue.name} {edge + beyond:.0f} ml, usual at 6 months ")
+
+
+def test_the_ranges_are_those_of_iseg():
+    assert [tuple(map(round, usual_range(tissue))) for tissue in Tissue] == [(128, 212), (260, 500), (129, 363)]
+
+
+def test_warning_of_few_foreground_voxels():
+    t1 = np.zeros((10, 10, 10))
+    t1.flat[:100] = 5
+    assert few_foreground_voxels(t1, SMALLEST_BRAIN / 100) is None
+    assert few_foreground_voxels(t1, SMALLEST_BRAIN / 101) == "T1 is above 0 in only 394 ml"
+
+
+def test_warning_of_a_brain_left_unlabelled():
+    t1 = np.zeros((10, 10, 20))
+    t1[..., :10] = 1
+    prediction = np.where(t1 > 0, 2, 0)
+    prediction[:5, 0, :10] = 0
+    assert brain_left_unlabelled(t1, prediction) is None
+    prediction[5, 0, 0] = 0
+    assert brain_left_unlabelled(t1, prediction) == "5% of the brain is labelled background"
+
+
+def test_warning_of_a_skull():
+    t1 = np.zeros((20, 20, 20))
+    t1[1:-1, 1:-1, 1:-1] = 1
+    voxels = 18**3
+    assert not_skull_stripped(t1, LARGEST_BRAIN / voxels) is None
+    assert "a brain at 6 months has up to 1075" in not_skull_stripped(t1, LARGEST_BRAIN / voxels + 1e-3)
+    t1[1:16, 1:17, 0] = 1  # as a neck that is cut off: 240 of 2400 voxels of the faces
+    assert not_skull_stripped(t1, 0.001) is None
+    t1[16, 1, 0] = 1
+    assert not_skull_stripped(t1, 0.001) == "T1 is above 0 on 10% of the faces of its volume"
+
+
+def test_warning_of_missing_t2():
+    t1 = np.zeros((10, 10, 20))
+    t1[..., :10] = 1
+    t2 = t1 * 7
+    t2[0, :10, 0] = 0
+    assert t2_missing(t1, t2) is None
+    t2[1, 0, 0] = 0
+    assert t2_missing(t1, t2) == "T2 isn't above 0 in 1% of the brain"
+
+
+@pytest.mark.parametrize("width", [40, 41])
+def test_warning_of_asymmetry(width):
+    prediction = np.zeros((60, 10, 10), np.uint8)
+    prediction[5 : 5 + width] = 2
+    prediction[5 : 5 + width, 4:6] = 3
+    assert left_right_asymmetry(prediction) is None
+    prediction[5:10, 4:6] = 1  # X runs to the right; a quarter less of WM on one side is still even enough
+    assert left_right_asymmetry(prediction) == "100% of CSF is on the left"
+    prediction[5:15, 4:6] = 1
+    assert left_right_asymmetry(prediction) == "100% of CSF is on the left; 67% of WM is on the right"
+    assert left_right_asymmetry(prediction[::-1]) == "100% of CSF is on the right; 67% of WM is on the left"
+    assert left_right_asymmetry(np.zeros((4, 4, 4), np.uint8)) is None
+
+
+def test_a_phantom_that_was_segmented_well_is_warned_of_for_its_size_alone(brains):
+    """It is shrunk to a fifteenth of its volume."""
+    part = subject_part(subject(brains[0]))
+    assert set(part.warnings) == {"volume out of range", "few foreground voxels"}
+
+
+def test_the_page_on_warnings_states_the_thresholds():
+    page = " ".join((ROOT / "docs" / "reading_the_report.md").read_text().split())
+    for stated in (
+        f"more than {html_report.DEVIATIONS} standard deviations",
+        f"less than {SMALLEST_BRAIN:.0f} ml",
+        f"more than {html_report.LARGEST_BACKGROUND:.0%} of where".replace("%", " %"),
+        f"more than {LARGEST_BRAIN:,.0f} ml",
+        "more than a tenth of the faces",
+        f"more than {html_report.LARGEST_WITHOUT_T2:.0%} of where".replace("%", " %"),
+        f"more than {50 * (1 + html_report.LARGEST_ASYMMETRY):g} % of a tissue",
+        f"at most {MOST_VIEWERS} subjects",
+        ", ".join(f"{t.name} {mean} ± {deviation}" for t, (mean, deviation) in SIX_MONTHS.items()) + " ml",
+    ):
+        assert stated in page, stated
+    assert html_report.LARGEST_SHARE_OF_FACES == 0.1
+
+
+# pictures
+
+
+def unfolded(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
+    """The volume from the picture that the viewer gets, by another way than the one it was made."""
+    grey, (width, depth, height) = picture(content)[..., 0], shape
+    columns = int(np.ceil(np.sqrt(height * depth / width)))
+    tiles = [divmod(z, columns) for z in range(height)]
+    slices = [grey[r * depth : (r + 1) * depth, c * width : (c + 1) * width][::-1].T for r, c in tiles]
+    return np.stack(slices, axis=-1)
+
+
+@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (40, 3, 2), (2, 3, 70)])
+def test_slices_side_by_side(shape):
+    values = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
+    content = io.BytesIO()
+    Image.fromarray(side_by_side(values)).save(content, "PNG")
+    np.testing.assert_array_equal(unfolded(content.getvalue(), shape), values)
+
+
+def test_labels_are_shown_voxel_by_voxel_with_x_to_the_right(brains):
+    item = subject(brains[0], labeled=True)
+    pictures = draw(item["t1"], item["t2"], item["pred"], item["label"])
+    box = brain_box(brains[0]["T1"])
+    expected = [np.pad(volume_[0].numpy()[box][::-1], 1) for volume_ in (item["pred"], item["label"])]
+    assert pictures.shape == expected[0].shape
+    shown = unfolded(pictures.layers["labels"], pictures.shape)
+    np.testing.assert_array_equal(shown, LABEL_STEP * (expected[0] + 4 * expected[1]))
+    assert set(pictures.layers) == {"t1", "t2", "labels"}
+    grey = unfolded(pictures.layers["t1"], pictures.shape)
+    assert np.corrcoef(grey.ravel(), np.pad(brains[0]["T1"][box][::-1], 1).ravel())[0, 1] > 0.9
+
+
+def test_same_pictures_whatever_the_order_of_the_axes_on_disk(brains):
+    item = subject(brains[0], labeled=True, uncertain=True)
+    names = ("t1", "t2", "pred", "label", "uncertainty")
+    turned = {
+        name: MetaTensor(
+            torch.flip(item[name].as_tensor().permute(0, 3, 2, 1), dims=[2]),
+            affine=torch.tensor([[0, 0, -1, 0], [0, -1, 0, 71], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.float64),
+        )
+        for name in names
+    }
+    assert draw(*(turned[name] for name in names)) == draw(*(item[name] for name in names))
+
+
+def test_voxels_that_are_not_cubes_are_shown_in_true_proportion():
+    t1 = np.zeros((12, 12, 12), np.float32)
+    t1[1:-1, 1:-1, 1:-1] = np.random.default_rng(0).uniform(1, 9, (10, 10, 10))
+    prediction = np.zeros((12, 12, 12), np.uint8)
+    prediction[1:-1, 1:-1, 1:6], prediction[1:-1, 1:-1, 6:-1] = 1, 2
+    affine = torch.diag(torch.tensor([1.0, 0.5, 3, 1], dtype=torch.float64))
+    pictures = draw(*(volume(v, affine) for v in (t1, t1, prediction)))
+    assert (pictures.shape, pictures.voxel) == ((12, 7, 32), 1)
+    shown = unfolded(pictures.layers["labels"], pictures.shape)[5, 3] // LABEL_STEP
+    assert shown.tolist() == [0, *[1] * 15, *[2] * 15, 0]
+    huge = torch.diag(torch.tensor([1e5, 1, 1, 1], dtype=torch.float64))
+    assert max(draw(*(volume(v, huge) for v in (t1, t1, prediction))).shape) <= html_report.LONGEST_SIDE + 2
+
+
+def test_static_picture_has_a_row_for_each_thing_that_is_there(brains):
+    plain, whole = (
+        draw(*(item.get(name) for name in ("t1", "t2", "pred", "label", "uncertainty")))
+        for item in (subject(brains[0]), subject(brains[0], labeled=True, uncertain=True))
+    )
+    rows = [picture(pictures.static) for pictures in (plain, whole)]
+    assert rows[1].shape[0] == 2 * rows[0].shape[0]
+    assert rows[0].std() > 20
+    assert whole.layers["uncertainty"] != b""
+
+
+# the page
+
+
+class Elements(HTMLParser):
+    """Tags with their attributes, and the text."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.text += " "
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def a_part(subject_id: str, **changes: Any) -> Part:
+    volumes = {"csf_ml": 170.0, "gm_ml": 380.0, "wm_ml": 246.0, "brain_ml": 796.0}
+    values = {"files": {"T1": "t1.hdr"}, "volumes": volumes, "warnings": {}, "has_label": False, "pictures": None}
+    return Part(subject=subject_id, **(values | changes))
+
+
+def test_hostile_names_are_text(brains):
+    """In the id, in the names of files, in messages and in settings."""
+    item = subject(brains[0], HOSTILE, labeled=True)
+    part = subject_part(item)
+    page = render(
+        [part, a_part("2")], PROVENANCE | {HOSTILE: HOSTILE}, {HOSTILE: scores_of(item), "2": scores_of(item)}, {}
+    )
+    elements = Elements(page)
+    assert [attributes for tag, attributes in elements.tags if tag == "script"] == [
+        {"type": "application/json", "id": "constants"},
+        {},
+    ]
+    assert not any(name.startswith("on") for _, attributes in elements.tags for name in attributes)
+    assert f"Subject {HOSTILE}" in elements.text
+    assert f"T1: {Path(f'subject-{HOSTILE}-T1.hdr').name}" in elements.text
+    ids = [attributes["id"] for _, attributes in elements.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
+    page = render([subject_part(subject(brains[0]))], PROVENANCE, {}, {})
+    elements = Elements(page)
+    sources = [attributes[name] for _, attributes in elements.tags for name in ("src", "href") if name in attributes]
+    assert sources
+    assert all(source.startswith(("data:image/", "#")) for source in sources)
+    (policy,) = [a["content"] for tag, a in elements.tags if tag == "meta" and "http-equiv" in a]
+    script = page.rsplit("<script>", 1)[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'")
+    assert script == (ROOT / "scripts" / "report_viewer.js").read_text()
+
+
+def test_warnings_stand_at_the_top_and_beside_the_subject():
+    parts = [a_part("1"), a_part("2", warnings={"T2 missing": "T2 isn't above 0 in 3% of the brain"})]
+    page = render(parts, PROVENANCE, {}, {})
+    top, _, rest = page.partition("</header>")
+    assert "T2 missing (T2 isn&#39;t above 0 in 3% of the brain)" in top
+    assert 'href="#subject-2">subject 2</a>' in top
+    own = rest.split('id="subject-2"')[1]
+    assert "<strong>T2 missing</strong>: T2 isn&#39;t above 0 in 3% of the brain" in own
+    assert "<strong>" not in rest.split('id="subject-1"')[1].split('id="subject-2"')[0]
+    assert "No warnings." in render(parts[:1], PROVENANCE, {}, {})
+
+
+def test_scores_are_those_of_the_table_and_need_not_be_numbers():
+    row = {f"{score}_{name}": "0.5" for score in ("dice", "hd95", "asd") for name in ("csf", "gm", "wm", "mean")}
+    row |= {"dice_csf": "0.91236", "hd95_gm": "inf", "dice_wm": "nan"}
+    text = Elements(render([a_part("1")], PROVENANCE, {"1": row}, {})).text
+    assert re.search(r"Dice in percent\s+91\.24\s+50\.00\s+none\s+50\.00", text)
+    assert re.search(r"HD95 in mm\s+0\.50\s+∞\s+0\.50", text)
+
+
+def test_provenance_is_told():
+    text = Elements(render([a_part("1")], PROVENANCE, {}, {})).text
+    assert all(name in text and value in text for name, value in PROVENANCE.items())
+    assert "Research use only" in text
+
+
+# learning curves
+
+
+def write_log(folder: Path, epochs: range, loss: int) -> None:
+    """A log whose name says that it was begun at second `loss`."""
+    with SummaryWriter(str(folder / "writing")) as writer:
+        for epoch in epochs:
+            writer.add_scalar("train_loss", loss, epoch)
+            writer.add_scalar("train_step_loss", 9, epoch)
+        writer.add_scalar("val_mean_dice", 0.5, epochs[-1])
+    (log,) = (folder / "writing").iterdir()
+    log.rename(folder / f"events.out.tfevents.{loss}.host")
+
+
+def test_history_of_a_training_that_was_gone_on_with_and_of_one_that_began_anew(tmp_path):
+    assert training_history(tmp_path) == {}
+    write_log(tmp_path, range(1, 5), 1)
+    write_log(tmp_path, range(3, 7), 2)  # stopped within epoch 3
+    history = training_history(tmp_path)
+    assert history["train_loss"] == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
+    assert list(history["val_mean_dice"]) == [6]
+    assert set(history) == {"train_loss", "val_mean_dice"}
+    write_log(tmp_path, range(1, 3), 3)
+    assert training_history(tmp_path)["train_loss"] == {1: 3, 2: 3}
+
+
+def test_curves_are_drawn_where_there_is_a_log():
+    history = {"train_loss": {1: 0.9, 2: 0.5}, **{tag: {2: 0.8} for tag in html_report.VALIDATION_DICE}}
+    loss, dice = html_report.learning_curves(history).axes
+    assert loss.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.5]]
+    assert [line.get_label() for line in dice.lines] == ["mean", "CSF", "GM", "WM"]
+    assert dice.lines[0].get_xydata().tolist() == [[2, 80]]
+    assert 'alt="Training"' in render([a_part("1")], PROVENANCE, {}, history)
+    assert 'alt="Training"' not in render([a_part("1")], PROVENANCE, {}, {})
+
+
+# the handler
+
+
+def report_of(items: list[Any], output: Path, scored: bool = False) -> str:
+    """The page that the handler writes, of an engine that hands it these subjects."""
+    engine = Engine(lambda engine, batch: None)
+    engine.state.device = torch.device("cpu")
+
+    @engine.on(Events.ITERATION_COMPLETED)
+    def hand_over() -> None:
+        item = items[engine.state.iteration - 1]
+        engine.state.batch, engine.state.output = [item], [{}]
+
+    settings = {"checkpoints": str(ROOT / "models" / "model.pt"), "precision": "fp32", "dataset_dir": "the/data"}
+    ReportSaver(str(output), settings, str(output / "metrics.csv") if scored else None).attach(engine)
+    engine.run(range(len(items)))
+    return (output / "report.html").read_text()
+
+
+def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brains, tmp_path, capsys):
+    (tmp_path / "report.html").write_text("earlier")
+    (tmp_path / "notes.txt").write_text("mine")
+    items = [subject(brains[0], "1", labeled=True), subject(brains[1], "2", labeled=True)]
+    write_csv(tmp_path / "metrics.csv", [{"subject": item["subject"]} | scores_of(item) for item in items])
+    page = report_of(items, tmp_path, scored=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "notes.txt", "metrics.csv"}
+    told = capsys.readouterr().out.strip()
+    kinds = "volume out of range (1, 2); few foreground voxels (1, 2)"
+    assert told.startswith(f"report: {tmp_path / 'report.html'}; warnings: {kinds}")
+    assert "\n" not in told
+    text = Elements(page).text
+    digest = hashlib.sha256((ROOT / "models" / "model.pt").read_bytes()).hexdigest()
+    version = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]
+    for stated in (digest, f"version {version}", "the/data", "float32", "subject-2-label.hdr", "Research use only"):
+        assert stated in text, stated
+    percent = 100 * float(read_csv(tmp_path / "metrics.csv")[1]["dice_mean"])
+    assert text.count(f"{percent:.2f}") == 2
+
+
+def test_no_more_viewers_than_a_browser_bears(brains, monkeypatch, tmp_path):
+    monkeypatch.setattr(html_report, "MOST_VIEWERS", 2)
+    page = report_of([subject(brains[0], str(n)) for n in range(3)], tmp_path)
+    assert page.count('class="viewer"') == 2
+    assert page.count('class="subject"') == 3
+    assert "a report shows 2 subjects at most" in page
+    assert MOST_VIEWERS >= 13
+
+
+def test_subject_of_two_processes_counts_once(brains, monkeypatch, tmp_path):
+    other = [subject_part(subject(brains[1], "2")), subject_part(subject(brains[0], "1"))]
+    monkeypatch.setattr(html_report, "gathered", lambda parts: [*parts, *other])
+    page = report_of([subject(brains[0], "1")], tmp_path)
+    assert re.findall(r"<h2>Subject (\d)</h2>", page) == ["1", "2"]
+
+
+def test_another_rank_writes_nothing(brains, monkeypatch, tmp_path):
+    monkeypatch.setattr(html_report.idist, "get_rank", lambda: 1)
+    with pytest.raises(FileNotFoundError):
+        report_of([subject(brains[0], "1")], tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_three_seconds_each(brains):
+    rng = np.random.default_rng(3)
+    label = label_map(rng)
+    brain = {
+        "label": label,
+        "T1": six_month_image(label, T1_CONTRAST, rng),
+        "T2": six_month_image(label, T2_CONTRAST, rng),
+    }
+    small = subject(brains[0], labeled=True)
+    # the worst of both: a label to compare with, and uncertainty that is noise
+    item = subject(brain, labeled=True, uncertain=True)
+    item["uncertainty"] *= torch.rand(item["uncertainty"].shape)
+    before = os.times()
+    part = subject_part(item)
+    after = os.times()
+    assert sum(after[:2]) - sum(before[:2]) < 3
+    assert not part.warnings
+    parts = [SimpleNamespace(**{**vars(part), "subject": str(n)}) for n in range(13)]
+    page = render(parts, PROVENANCE, {part.subject: scores_of(small) for part in parts}, {})
+    assert len(page.encode()) < 10e6
+
+
+# in a browser
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def slow_in_browser(test: Any) -> Any:
+    return pytest.mark.slow(pytest.mark.skipif(BROWSER is None, reason="no browser: apt install chromium")(test))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        # as root the sandbox doesn't start
+        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def report(brains, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("report")
+    items = [subject(brains[n % 2], f"{n} {HOSTILE}", labeled=True, uncertain=True) for n in range(3)]
+    write_csv(output / "metrics.csv", [{"subject": item["subject"]} | scores_of(item) for item in items])
+    write_log(output, range(1, 5), 1)
+    report_of(items, output, scored=True)
+    return output / "report.html"
+
+
+@pytest.fixture
+def page(browser, report) -> Iterator[Any]:
+    """The report as it is opened, its first viewer in sight; it must say nothing and fetch nothing."""
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    said: list[str] = []
+    asked: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
+    page.on("pageerror", lambda error: said.append(str(error)))
+    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(report.as_uri())
+    page.locator(".viewer").first.scroll_into_view_if_needed()
+    page.wait_for_selector(".viewer.loaded")
+    yield page
+    page.close()
+    assert said == []
+    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]
+
+
+def canvas(plane: int, scan: str) -> str:
+    return f'canvas[data-plane="{plane}"][data-scan="{scan}"]'
+
+
+CANVASES = [canvas(plane, scan) for plane in range(3) for scan in ("t1", "t2")]
+
+
+def pixels(viewer: Any, selector: str) -> np.ndarray:
+    """Those of the first canvas that fits in a page or a part of it, (rows, columns, RGB)."""
+    uri = viewer.locator(selector).first.evaluate("canvas => canvas.toDataURL()")
+    return picture(base64.b64decode(uri.removeprefix("data:image/png;base64,")))
+
+
+def is_color(image: np.ndarray, color: str) -> np.ndarray:
+    return (np.abs(image / 255 - np.array(to_rgb(color))) < 0.02).all(-1)
+
+
+@slow_in_browser
+def test_pictures_are_not_blank_and_have_outlines(page):
+    for selector in CANVASES:
+        image = pixels(page, selector)
+        assert len(np.unique(image)) > 100
+        assert all(is_color(image, color).any() for color in TISSUE_COLORS.values())
+    assert page.locator("img.plot").count() == 3
+    widths = page.locator("img.plot").evaluate_all("images => images.map(image => image.naturalWidth)")
+    assert min(widths) > 300
+
+
+@slow_in_browser
+@pytest.mark.parametrize("plane", [0, 1, 2])
+def test_arrow_keys_move_the_slices_of_one_plane(page, plane):
+    before = [pixels(page, selector) for selector in CANVASES]
+    slider = page.locator(".viewer").first.locator("input[type=range]").nth(plane)
+    place = int(slider.input_value())
+    slider.focus()
+    for _ in range(3):
+        page.keyboard.press("ArrowRight")
+    assert int(slider.input_value()) == place + 3
+    changed = [not np.array_equal(pixels(page, s), image) for s, image in zip(CANVASES, before, strict=True)]
+    assert changed == [number // 2 == plane for number in range(6)]
+    for end in ("Home", "End"):
+        page.keyboard.press(end)
+        assert not is_color(pixels(page, canvas(plane, "t1")), TISSUE_COLORS[Tissue.WM]).any()
+
+
+@slow_in_browser
+def test_layers_come_and_go(page):
+    boxes = page.locator(".viewer").first.locator("input[type=checkbox]")
+    names = boxes.evaluate_all("boxes => boxes.map(box => box.name)")
+    assert names == ["segmentation", "label", "errors", "uncertainty", "position"]
+    for number, name in enumerate(names):
+        before = [pixels(page, selector) for selector in CANVASES]
+        boxes.nth(number).click()
+        for selector, image in zip(CANVASES, before, strict=True):
+            assert not np.array_equal(pixels(page, selector), image), name
+        boxes.nth(number).click()
+        for selector, image in zip(CANVASES, before, strict=True):
+            np.testing.assert_array_equal(pixels(page, selector), image)
+
+
+@slow_in_browser
+def test_the_subjects_right_is_on_the_left(page):
+    viewer = page.locator(".viewer").first
+    viewer.locator("input[name=segmentation]").uncheck()
+    viewer.locator("input[name=errors]").check()
+    slider = viewer.locator("input[type=range]").nth(1)
+    slider.evaluate("slider => { slider.value = 25; slider.dispatchEvent(new Event('input')); }")
+    for plane in (0, 1):
+        wrong = is_color(pixels(page, canvas(plane, "t1")), DISAGREEMENT_COLOR)
+        left, right = wrong[:, : wrong.shape[1] // 2], wrong[:, wrong.shape[1] // 2 :]
+        assert left.sum() > 500
+        assert not right.any()
+
+
+@slow_in_browser
+def test_a_click_brings_the_other_planes_there(page):
+    sliders = page.locator(".viewer").first.locator("input[type=range]")
+    before = [int(sliders.nth(plane).input_value()) for plane in range(3)]
+    target = page.locator(canvas(0, "t2")).first
+    box = target.bounding_box()
+    # a quarter from the left, which is the subject's right, and a quarter from the top, which is the front
+    target.click(position={"x": box["width"] / 4, "y": box["height"] / 4})
+    after = [int(sliders.nth(plane).input_value()) for plane in range(3)]
+    sizes = [int(sliders.nth(plane).get_attribute("max")) for plane in range(3)]
+    assert after[0] == before[0]
+    assert [after[1] / sizes[1], after[2] / sizes[2]] == pytest.approx([0.75, 0.75], abs=0.03)
+
+
+@slow_in_browser
+def test_a_viewer_out_of_sight_is_loaded_when_it_comes_into_it(page):
+    last = page.locator(".viewer").last
+    assert "loaded" not in last.get_attribute("class")
+    last.scroll_into_view_if_needed()
+    page.wait_for_function("[...document.querySelectorAll('.viewer')].at(-1).classList.contains('loaded')")
+    assert len(np.unique(pixels(last, canvas(0, "t1")))) > 100
+
+
+@slow_in_browser
+def test_hostile_names_are_shown_as_they_are(page):
+    assert page.locator("h2").nth(1).inner_text() == f"Subject 0 {HOSTILE}"
+
+
+@slow_in_browser
+@pytest.mark.parametrize("width", [360, 800, 1600])
+def test_nothing_sticks_out_of_a_window(page, width):
+    page.set_viewport_size({"width": width, "height": 700})
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+
+
+@slow_in_browser
+def test_print_has_a_static_picture_of_each_subject(page):
+    page.emulate_media(media="print")
+    assert page.locator("img.static:visible").count() == 3
+    assert not page.locator("canvas:visible").count()
+    printed = page.pdf()
+    # the first and the last subject have the same; box plots and curves are drawn, not images
+    assert printed.count(b"/Subtype /Image") == 2
+
+
+@slow_in_browser
+def test_without_javascript_there_are_static_pictures(browser, report):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(report.as_uri())
+    assert page.locator("img.static:visible").count() == 3
+    assert not page.locator("canvas:visible").count()
+    context.close()
