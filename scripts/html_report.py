@@ -84,7 +84,7 @@ MOST_VIEWERS = 50  # in one file, so that a browser can still open it
 STATIC_SCALE = 2  # pixels for a voxel of the viewer
 # The file of 13 subjects shall stay below 10 MB. Noise takes nearly all of it, so a scan gets the best of these
 # qualities that fits.
-QUALITIES = (50, 40, 30, 25, 20, 15, 10)
+QUALITIES = (50, 30, 20, 10)
 LARGEST_SCAN, LARGEST_STATIC = 160_000, 70_000  # bytes
 UNCERTAINTY_STEP = 2  # voxels along a side of the cubes whose mean uncertainty is shown
 OPAQUE_UNCERTAINTY = 85  # of 255; less lets the scan shine through
