@@ -84,7 +84,7 @@ MOST_VIEWERS = 50  # in one file, so that a browser can still open it
 STATIC_SCALE = 2  # pixels for a voxel of the viewer
 # The file of 13 subjects shall stay below 10 MB. Noise takes nearly all of it, so a scan gets the best of these
 # qualities that fits.
-QUALITIES = (50, 40, 30, 25, 20, 15, 10)
+QUALITIES = (50, 30, 20, 10)
 LARGEST_SCAN, LARGEST_STATIC = 160_000, 70_000  # bytes
 UNCERTAINTY_STEP = 2  # voxels along a side of the cubes whose mean uncertainty is shown
 OPAQUE_UNCERTAINTY = 85  # of 255; less lets the scan shine through
@@ -372,14 +372,16 @@ def learning_curves(history: Mapping[str, Mapping[int, float]]) -> Figure:
     loss, dice = figure.subplots(1, 2)
     steps = history.get(TRAINING_LOSS, {})
     loss.plot(list(steps), list(steps.values()), color="black")
-    loss.set(xlabel="epoch", ylabel="training loss", yscale="log")
+    loss.set(xlabel="epoch", ylabel="training loss")
     for (tag, name), marker in zip(VALIDATION_DICE.items(), "osD^", strict=True):
         steps = history.get(tag, {})
         color = TISSUE_COLORS[Tissue[name]] if name in Tissue.__members__ else "black"
         percent = [100 * value for value in steps.values()]
         dice.plot(list(steps), percent, color=color, marker=marker, markersize=4, markeredgecolor="black", label=name)
     dice.set(xlabel="epoch", ylabel="validation Dice in percent")
-    dice.legend(loc="lower right")
+    dice.legend()
+    for axis in (loss, dice):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return figure
 
 
@@ -464,7 +466,8 @@ def render(
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     names = [tissue.name for tissue in Tissue]
     plots = {}
-    if scores:
+    several = len(parts) > 1
+    if scores and several:
         plots["Scores of all subjects"] = box_plots(
             {
                 title: {
@@ -473,7 +476,7 @@ def render(
                 for score, title, factor in SCORES
             }
         )
-    if len(parts) > 1:
+    if several:
         volumes = {name: [part.volumes[f"{name.lower()}_ml"] for part in parts] for name in names}
         plots["Volumes of all subjects"] = box_plots({"Volume in ml; grey: usual at 6 months": volumes}, ranges=True)
     if history:
