@@ -15,6 +15,8 @@ from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image, smooth_
 from scripts.transforms import ISEG_VALUES, Tissue
 from scripts.writers import made_already, whole_files, write_analyze
 
+# of the generator: another one makes other subjects of a seed
+VERSION = 2
 VOLUME_SHAPE = (144, 192, 256)
 BRAIN_SHAPE = (128, 164, 136)  # the part of the volume that a brain lies in
 CEREBRUM = (53.0, 67.0, 56.0)  # half axes; the lower half is flatter
@@ -136,7 +138,7 @@ def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 
             raise InputError(f"--{name} {number}: must be a whole number of at least {least}")
     for number in tqdm(range(1, subjects + unlabeled + 1), desc="phantom subjects", unit="subject"):
         kinds = ("T1", "T2", "label") if number <= subjects else ("T1", "T2")
-        description = f"phantom seed {seed} subject {number}"
+        description = f"phantom version {VERSION} seed {seed} subject {number}"
         if number > subjects and (surplus := Path(output_dir) / f"subject-{number}-label.hdr").exists():
             raise InputError(f"{surplus}: subject {number} shall have no label; choose another --output_dir")
         if made_already([Path(output_dir) / f"subject-{number}-{kind}.hdr" for kind in kinds], description):

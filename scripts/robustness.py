@@ -11,6 +11,7 @@ from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.networks import one_hot
 from monai.transforms import Rotate, Spacing
+from monai.utils import ensure_tuple
 from tqdm import tqdm
 
 from scripts.errors import InputError, require_whole_numbers
@@ -71,7 +72,7 @@ def scan(brain: LabelMap, condition: Condition, rng: np.random.Generator) -> dic
         mode = "nearest" if kind == "label" else "bilinear"
         moved = MetaTensor(torch.from_numpy(values.astype(np.float32))[None], affine=torch.from_numpy(brain.affine))
         if any(condition.rotation):
-            moved = Rotate(np.deg2rad(condition.rotation), mode=mode, padding_mode="zeros")(moved)
+            moved = Rotate(np.deg2rad(condition.rotation), keep_size=False, mode=mode, padding_mode="zeros")(moved)
         if condition.voxel:
             moved = Spacing([condition.voxel] * 3, mode=mode, padding_mode="zeros")(moved)
         result[kind] = moved
@@ -99,7 +100,7 @@ def dice(prediction: np.ndarray, label: np.ndarray) -> dict[str, float]:
 def robustness(
     labels_dir: str,
     output_dir: str = "eval/robustness",
-    names: list[str] | None = None,
+    names: str | list[str] | None = None,
     seed: int = 0,
     **settings: Any,
 ) -> None:
@@ -119,13 +120,15 @@ def robustness(
         InputError: a name has no label map, or as `find_label_maps`, `read_label_map` and `Segmenter`.
     """
     require_whole_numbers(0, seed=seed)
-    brains = [read_label_map(path) for path in find_label_maps(labels_dir)]
-    if names is not None:
-        wanted = {str(name) for name in names}
-        if missing := wanted - {brain.name for brain in brains}:
-            raise InputError(f"{labels_dir}: has no label map {', '.join(sorted(missing))}; see what is there")
-        brains = [brain for brain in brains if brain.name in wanted]
     segmenter = Segmenter(**settings)
+    brains = [read_label_map(path) for path in find_label_maps(labels_dir)]
+    there = [brain.name for brain in brains]
+    wanted = there if names is None else [str(name) for name in ensure_tuple(names)]
+    if missing := set(wanted) - set(there):
+        raise InputError(
+            f"--names {', '.join(sorted(missing))}: no such label map in {labels_dir}; it has {', '.join(there)}"
+        )
+    brains = [brain for brain in brains if brain.name in wanted]
     trials = [(title, brain.name) for title in CONDITIONS for brain in brains] + [("procedural phantom", "phantom")]
     by_name = {brain.name: brain for brain in brains}
     rows: list[dict[str, Any]] = []

@@ -1,5 +1,6 @@
 """`python -m scripts synthesize`: subjects with T1, T2 and label, made from tissue label maps of real brains."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,12 +62,20 @@ def find_label_maps(labels_dir: str) -> list[Path]:
     """The label maps in a folder, by name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is none, or two have one name.
     """
     paths = sorted(path for path in Path(labels_dir).glob("*") if path.name.endswith(SUFFIXES) and path.name[0] != ".")
     if not paths:
         raise InputError(f"{labels_dir}: has no label map ({', '.join(SUFFIXES)}); name the folder that holds them")
+    _require_different(paths, [_name(path) for path in paths])
     return paths
+
+
+def _require_different(paths: list[Path], names: list[str]) -> None:
+    """Refuse label maps of which two would have one name."""
+    for path, name in zip(paths, names, strict=True):
+        if names.count(name) > 1:
+            raise InputError(f"{path}: another label map would be called {name} too; rename one")
 
 
 def synthesize(labels_dir: str, output_dir: str, contrast: str = "nominal", draws: int = 1, seed: int = 0) -> None:
@@ -92,14 +101,16 @@ def synthesize(labels_dir: str, output_dir: str, contrast: str = "nominal", draw
     if contrast not in APPEARANCES:
         raise InputError(f"--contrast {contrast}: must be {', '.join(APPEARANCES)}")
     wanted = [(path, draw) for path in find_label_maps(labels_dir) for draw in range(draws)]
+    subjects = [_name(path) + (f"-{draw + 1}" if draw else "") for path, draw in wanted]
+    _require_different([path for path, _ in wanted], subjects)
     rows = []
-    for path, draw in tqdm(wanted, desc="synthetic subjects", unit="subject"):
-        subject = _name(path) + (f"-{draw + 1}" if draw else "")
+    for (path, draw), subject in tqdm(list(zip(wanted, subjects, strict=True)), desc="synthetic subjects"):
+        brain = read_label_map(path)
         files = {kind: Path(output_dir) / f"subject-{subject}-{kind}.nii.gz" for kind in ("T1", "T2", "label")}
-        description = f"synthetic {contrast} seed {seed}"
+        content = hashlib.sha256(brain.label.tobytes()).hexdigest()[:12]
+        description = f"synthetic {contrast} seed {seed} draw {draw + 1} of label map {content}"
         if made_already(files.values(), description):
             continue
-        brain = read_label_map(path)
         rng = np.random.default_rng([seed, draw, *brain.name.encode()])
         volumes = six_month_subject(brain.label, APPEARANCES[contrast](brain.label, rng), rng)
         with whole_files(output_dir) as temporary:

@@ -120,6 +120,27 @@ def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
     return paths
 
 
+def starting_network(
+    network: torch.nn.Module, device: torch.device | str, start_from: str | None = None
+) -> torch.nn.Module:
+    """A network on its device, with the weights of a checkpoint if one is given.
+
+    They are there before anything starts, so weights that come later take their place: those of a training that is
+    resumed, and those that MONAI Label or a federated server hands over.
+
+    Args:
+        network: takes the weights.
+        device: where it goes.
+        start_from: a checkpoint, as `load_weights` takes it.
+
+    Raises:
+        InputError: as `load_weights`.
+    """
+    if start_from is not None:
+        load_weights(network, start_from)
+    return network.to(device)
+
+
 class CheckpointLoader:
     """Handler that loads a checkpoint by `load_weights` when the engine starts: the first, if several are named.
 

@@ -127,8 +127,10 @@ def require_training_settings(
         raise InputError(f"--patch_size {patch_size}: must be multiples of {network.stride}, like [64,64,64]")
     if not ensure_tuple(val_subjects):
         raise InputError(f"--val_subjects {val_subjects}: names none; name at least one labelled subject, like [9]")
-    if start_from is not None and (not isinstance(start_from, str) or not start_from or is_exported(start_from)):
+    if start_from is not None and (not isinstance(start_from, str) or is_exported(start_from)):
         raise InputError(f"--start_from {start_from}: isn't a checkpoint that can be trained; name one, like model.pt")
+    if start_from is not None and not Path(start_from).is_file():
+        raise InputError(f"--start_from {start_from}: no such file; name a checkpoint, like models/model.pt")
 
 
 def keep_freed_memory() -> None:

@@ -3,6 +3,7 @@
 import csv
 import errno
 import zipfile
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -77,7 +78,7 @@ def made_already(paths: Iterable[Path], description: str) -> bool:
     for path in existing:
         try:
             found = nib.load(path).header["descrip"].item().decode(errors="replace")
-        except (ImageFileError, HeaderDataError, OSError):
+        except (ImageFileError, HeaderDataError, OSError, EOFError, zlib.error):
             found = None
         if found != description:
             raise InputError(f"{path}: is there already and isn't {description}; choose another --output_dir")

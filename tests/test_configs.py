@@ -25,8 +25,9 @@ def load(name: str) -> dict:
 
 def test_what_stands_in_train_and_inference_is_the_same():
     train, inference = load("train"), load("inference")
-    for name in set(train) & set(inference) - {"run", "initialize", "run_name"}:
+    for name in set(train) & set(inference) - {"run", "initialize", "run_name", "network"}:
         assert inference[name] == train[name], name
+    assert inference["network"] == "$@network_def.to(@device)"
     assert train["run_name"].pop("resume") == "@resume"
     assert train["run_name"] | {"kind": "inference"} == inference["run_name"]
     assert inference["initialize"] == train["initialize"]

@@ -4,7 +4,7 @@ import pytest
 from conftest import bundle
 
 from scripts.errors import InputError
-from scripts.robustness import CONDITIONS, dice, robustness, scan
+from scripts.robustness import CONDITIONS, _means, dice, robustness, scan
 from scripts.synthesis import histogram_overlap
 from scripts.synthesize import LabelMap
 from scripts.writers import read_csv
@@ -46,7 +46,17 @@ def test_conditions_are_what_they_say(brain):
         assert np.count_nonzero(image.dataobj) * side**3 == pytest.approx(volume, rel=0.03)
     for title in ("nodding", "tilted", "turned"):
         label = images(brain, f"{title} by 15 degrees")["label"]
-        assert 0.5 < dice(label, usual["label"])["mean"] < 0.95
+        assert np.count_nonzero(label) == pytest.approx(volume, rel=0.01)
+        margin = [(a - b) // 2 for a, b in zip(label.shape, usual["label"].shape, strict=True)]
+        box = tuple(slice(m, m + n) for m, n in zip(margin, usual["label"].shape, strict=True))
+        assert 0.3 < dice(label[box], usual["label"])["mean"] < 0.95
+
+
+def test_mean_and_worst_of_two_brains():
+    rows = [{"condition": "c", "brain": b, "csf": m, "gm": m, "wm": m, "mean": m} for b, m in (("A", 0.9), ("B", 0.5))]
+    assert _means(rows) == [
+        {"condition": "c", "CSF": "70.0", "GM": "70.0", "WM": "70.0", "mean": "70.0", "worst": "50.0"}
+    ]
 
 
 def test_dice_by_hand():
@@ -59,8 +69,9 @@ def test_dice_by_hand():
 
 def test_name_without_label_map(brain, tmp_path):
     nib.save(nib.Nifti1Image(brain.label, brain.affine), tmp_path / "A.nii.gz")
-    with pytest.raises(InputError, match="has no label map B"):
-        robustness(str(tmp_path), str(tmp_path / "out"), names=["B"])
+    for names in ("B", ["A", "B"]):
+        with pytest.raises(InputError, match=r"--names B: no such label map in .*; it has A"):
+            robustness(str(tmp_path), str(tmp_path / "out"), names=names)
     assert not (tmp_path / "out").exists()
 
 

@@ -75,6 +75,25 @@ def test_what_is_there_is_kept_and_further_draws_are_added(labels, made, capsys)
         synthesize(str(labels), str(directory), seed=1)
 
 
+def test_label_map_that_changed_is_not_taken_for_the_one_before(labels, made, tmp_path):
+    directory, _ = made
+    image = nib.load(labels / "A.nii.gz")
+    label = np.asarray(image.dataobj).copy()
+    label[tuple(np.argwhere(label == 2)[0])] = 3
+    nib.save(nib.Nifti1Image(label, image.affine), tmp_path / "A.nii.gz")
+    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: is there already and isn't"):
+        synthesize(str(tmp_path), str(directory))
+
+
+@pytest.mark.parametrize(("other", "draws"), [("A.nii", 1), ("A-2.nii.gz", 2)])
+def test_two_label_maps_of_one_name(labels, tmp_path, other, draws):
+    for name in ("A.nii.gz", other):
+        nib.save(nib.load(labels / "A.nii.gz"), tmp_path / name)
+    with pytest.raises(InputError, match=r"another label map would be called A(-2)? too; rename one"):
+        synthesize(str(tmp_path), str(tmp_path / "o"), draws=draws)
+    assert not (tmp_path / "o").exists()
+
+
 def test_bad_label_maps_and_settings(labels, tmp_path):
     assert last_line(
         bundle("synthesize", "--labels_dir", str(tmp_path), "--output_dir", str(tmp_path / "o"), module="scripts")

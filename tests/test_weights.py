@@ -16,6 +16,7 @@ from scripts.weights import (
     checkpoint_paths,
     holds,
     load_weights,
+    starting_network,
 )
 
 
@@ -240,3 +241,15 @@ def test_step_checkpoints_of_an_earlier_training_are_not_replaced(tmp_path):
     with pytest.raises(InputError, match=r"step-6.pt: is of an earlier training; choose another --output_dir"):
         engine.run(range(10))
     assert (tmp_path / "step-6.pt").read_bytes() == b"earlier"
+
+
+def test_network_that_training_starts_with(tmp_path, network):
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    fresh = SkipDenseSeg()
+    given = starting_network(fresh, "cpu", str(tmp_path / "model.pt"))
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in given.state_dict().items())
+    other = SkipDenseSeg()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    assert all(torch.equal(v, before[n]) for n, v in starting_network(other, "cpu").state_dict().items())
+    with pytest.raises(InputError, match=r"absent\.pt"):
+        starting_network(SkipDenseSeg(), "cpu", str(tmp_path / "absent.pt"))

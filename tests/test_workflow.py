@@ -105,6 +105,7 @@ def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
         ({"patch_size": 0}, "--patch_size 0"),
         ({"val_subjects": []}, r"--val_subjects \[\]: names none"),
         ({"start_from": "model.ts"}, "start_from model.ts: isn't a checkpoint that can be trained"),
+        ({"start_from": "absent.pt"}, "start_from absent.pt: no such file"),
         ({"start_from": ["a.pt", "b.pt"]}, "start_from .*: isn't a checkpoint that can be trained"),
     ],
 )
