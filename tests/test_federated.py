@@ -76,6 +76,30 @@ def test_each_round_goes_on_with_what_is_its_own(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:executing the bundle config:UserWarning")
+def test_weights_that_are_sent_are_trained_and_not_those_to_start_from(home, tmp_path):
+    settings = {"bundle_root": str(home), "dataset_dir": str(home / "data" / "site-1"), "val_subjects": [5]}
+    settings |= {
+        "output_dir": str(tmp_path),
+        "ckpt_dir": str(tmp_path),
+        "start_from": str(home / "models" / "model.pt"),
+    }
+    settings |= {"epochs": 2, "crops_per_epoch": 1, "patch_size": [32, 32, 32], "learning_rate": 1e-9}
+    settings |= {"lr_scheduler#total_steps": "$@epochs * len(@train#dataloader)"}
+    client = MonaiAlgo(str(home), local_epochs=1, send_weight_diff=False, train_kwargs=settings, eval_kwargs=settings)
+    client.initialize({ExtraItems.CLIENT_NAME: "site-1"})
+    included = torch.load(home / "models" / "model.pt", weights_only=True)
+    assert same(client.get_weights().weights, included)
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        sent = SkipDenseSeg().state_dict()
+        client.train(ExchangeObject(weights=sent))
+        after = client.get_weights().weights
+        for name in dict(SkipDenseSeg().named_parameters()):
+            torch.testing.assert_close(after[name], sent[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:executing the bundle config:UserWarning")
 def test_average_of_two_sites_is_better_than_the_start(home, tmp_path):
     """On a phantom that neither site has."""
     small = '"crops_per_epoch": 40, "batch_size": 2, "patch_size": [32, 32, 32], "learning_rate": 0.003,'

@@ -16,6 +16,7 @@ from monai.bundle import ConfigWorkflow
 from scripts.errors import InputError
 
 SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2, "patch_size": [32, 32, 32]}
+SETTINGS["synthetic_share"] = 0.5  # some patches are drawn, some are cut from the scan
 # runs the bundle's command line, but ends the process without warning: while the state after epoch 2 is written, or
 # in the midst of epoch 3
 KILLED = """
@@ -86,7 +87,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninte
     output = tmp_path / "out"
     arguments = [
         *(sys.executable, "-W", "ignore", str(tmp_path / "killed.py"), moment, "run", "training"),
-        *("--config_file", "configs/train.json", *QUICK, "--epochs", "3"),
+        *("--config_file", "configs/train.json", *QUICK, "--epochs", "3", "--synthetic_share", "0.5"),
         *("--dataset_dir", str(dataset), "--output_dir", str(output), "--ckpt_dir", str(output)),
     ]
     result = subprocess.run(arguments, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
