@@ -460,7 +460,7 @@ def render(
         "number": _number,
         "webp": lambda content: _data_uri("image/webp", content),
     }
-    viewer = (HERE / "report_viewer.js").read_text()
+    viewer = (HERE / "report_viewer.js").read_text(encoding="utf-8")
     # only this script may run, whatever a name holds, and nothing may be fetched
     digest = base64.b64encode(hashlib.sha256(viewer.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
@@ -549,7 +549,7 @@ class ReportSaver(BackgroundWriter):
     def note_provenance(self, engine: Engine) -> None:
         """Say what is about to run; a training may replace a checkpoint meanwhile."""
         self.parts.clear()
-        metadata = json.loads(METADATA.read_text())
+        metadata = json.loads(METADATA.read_text(encoding="utf-8"))
         paths = checkpoint_paths(self.settings["checkpoints"])
         exported = any(is_exported(path) for path in paths)
         device = torch.device(engine.state.device)
@@ -577,7 +577,8 @@ class ReportSaver(BackgroundWriter):
         rows = read_csv(self.scores) if self.scores else []
         page = render(parts, self.provenance, {row["subject"]: row for row in rows}, training_history(self.output_dir))
         with whole_files(self.output_dir) as temporary:
-            (temporary / NAME).write_text(page)
+            # a path in the command needn't be UTF-8; Python has surrogates in place of what isn't
+            (temporary / NAME).write_text(page, encoding="utf-8", errors="backslashreplace")
         found = "; ".join(f"{kind} ({', '.join(ids)})" for kind, ids in warnings_by_kind(parts).items())
         print(f"report: {self.output_dir / NAME}; warnings: {found or 'none'}")
 

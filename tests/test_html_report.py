@@ -162,7 +162,7 @@ def test_a_phantom_that_was_segmented_well_is_warned_of_for_its_size_alone(brain
 
 
 def test_the_page_on_warnings_states_the_thresholds():
-    page = " ".join((ROOT / "docs" / "reading_the_report.md").read_text().split())
+    page = " ".join((ROOT / "docs" / "reading_the_report.md").read_text(encoding="utf-8").split())
     for stated in (
         f"more than {html_report.DEVIATIONS} standard deviations",
         f"less than {SMALLEST_BRAIN:.0f} ml",
@@ -302,7 +302,7 @@ def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
     script = page.rsplit("<script>", 1)[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     assert policy == (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'")
-    assert script == (ROOT / "scripts" / "report_viewer.js").read_text()
+    assert script == (ROOT / "scripts" / "report_viewer.js").read_text(encoding="utf-8")
 
 
 def test_warnings_stand_at_the_top_and_beside_the_subject():
@@ -382,7 +382,7 @@ def report_of(items: list[Any], output: Path, scored: bool = False) -> str:
     settings = {"checkpoints": str(ROOT / "models" / "model.pt"), "precision": "fp32", "dataset_dir": "the/data"}
     ReportSaver(str(output), settings, str(output / "metrics.csv") if scored else None).attach(engine)
     engine.run(range(len(items)))
-    return (output / "report.html").read_text()
+    return (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brains, tmp_path, capsys):
@@ -402,6 +402,12 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
     for stated in (digest, f"version {version}", "the/data", "float32", "subject-2-label.hdr", "Research use only"):
         assert stated in text, stated
     assert text.count("83.00") == 4  # mean Dice of both, in the table of all and in their own
+
+
+def test_a_path_that_is_not_utf_8_does_not_end_the_run(brains, monkeypatch, tmp_path):
+    monkeypatch.setattr(html_report.sys, "orig_argv", ["python", "--dataset_dir", os.fsdecode(b"d\xe9j\xe0 vu"), "日本"])
+    text = Elements(report_of([subject(brains[0], "1")], tmp_path)).text
+    assert r"'d\udce9j\udce0 vu' 日本" in text
 
 
 def test_no_more_viewers_than_a_browser_bears(brains, monkeypatch, tmp_path):
