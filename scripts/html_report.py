@@ -42,12 +42,13 @@ from scripts.report import (
     slices,
 )
 from scripts.transforms import Tissue
-from scripts.weights import checkpoint_paths
+from scripts.weights import checkpoint_paths, holds
 from scripts.writers import BackgroundWriter, read_csv, whole_files
 
 HERE = Path(__file__).parent
 METADATA = HERE.parent / "configs" / "metadata.json"
 NAME = "report.html"
+GIVEN = "not used: weights were given by the calling program"
 
 # ml, mean and standard deviation in the labels of these
 SOURCE = "the ten training subjects of iSeg-2017"
@@ -552,6 +553,8 @@ class ReportSaver(BackgroundWriter):
         metadata = json.loads(METADATA.read_text(encoding="utf-8"))
         paths = checkpoint_paths(self.settings["checkpoints"])
         exported = any(is_exported(path) for path in paths)
+        # MONAI's federated client evaluates weights that it was sent, whether or not a checkpoint is there
+        given = len(paths) == 1 and not exported and not holds(paths[0], engine.network)
         device = torch.device(engine.state.device)
         precision = str(network_precision(device, self.settings["precision"])).removeprefix("torch.")
         self.provenance = {
@@ -561,7 +564,7 @@ class ReportSaver(BackgroundWriter):
             "software": f"MONAI {monai.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
             "device": f"{device}, {processes} processes" if (processes := idist.get_world_size()) > 1 else str(device),
             "precision": "that of the exported network" if exported else precision,
-            **{f"checkpoint {path}": f"SHA-256 {_sha256(path)}" for path in paths},
+            **{f"checkpoint {path}": GIVEN if given or not Path(path).is_file() else _sha256(path) for path in paths},
             **{f"setting {name}": str(value) for name, value in self.settings.items()},
         }
 
@@ -590,4 +593,4 @@ def _quoted(argument: str) -> str:
 
 def _sha256(path: str) -> str:
     with Path(path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return f"SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}"

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -45,13 +46,16 @@ from scripts.html_report import (
     usual_range,
     volume_out_of_range,
 )
+from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
 from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, brain_box
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import Tissue
+from scripts.weights import load_weights
 from scripts.writers import write_csv
 
 LAS = torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64))
+WEIGHTS = ROOT / "models" / "model.pt"
 HOSTILE = """<script>alert('1')</script>"><img src=x onerror=alert(2)>&amp;$\\frac{ 日本"""
 PROVENANCE = {"date": "today", "command": "python -m monai.bundle run", "checkpoint model.pt": "SHA-256 abc"}
 
@@ -369,17 +373,31 @@ def test_curves_are_drawn_where_there_is_a_log():
 # the handler
 
 
-def report_of(items: list[Any], output: Path, scored: bool = False) -> str:
+@cache
+def included_network() -> SkipDenseSeg:
+    network = SkipDenseSeg()
+    load_weights(network, str(WEIGHTS))
+    return network
+
+
+def report_of(
+    items: list[Any],
+    output: Path,
+    scored: bool = False,
+    network: SkipDenseSeg | None = None,
+    **settings: Any,
+) -> str:
     """The page that the handler writes, of an engine that hands it these subjects."""
     engine = Engine(lambda engine, batch: None)
     engine.state.device = torch.device("cpu")
+    engine.network = network or included_network()
 
     @engine.on(Events.ITERATION_COMPLETED)
     def hand_over() -> None:
         item = items[engine.state.iteration - 1]
         engine.state.batch, engine.state.output = [item], [{}]
 
-    settings = {"checkpoints": str(ROOT / "models" / "model.pt"), "precision": "fp32", "dataset_dir": "the/data"}
+    settings = {"checkpoints": str(WEIGHTS), "precision": "fp32", "dataset_dir": "the/data"} | settings
     ReportSaver(str(output), settings, str(output / "metrics.csv") if scored else None).attach(engine)
     engine.run(range(len(items)))
     return (output / "report.html").read_text(encoding="utf-8")
@@ -397,7 +415,7 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
     assert told.startswith(f"report: {tmp_path / 'report.html'}; warnings: {kinds}")
     assert "\n" not in told
     text = Elements(page).text
-    digest = hashlib.sha256((ROOT / "models" / "model.pt").read_bytes()).hexdigest()
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     version = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]
     for stated in (digest, f"version {version}", "the/data", "float32", "subject-2-label.hdr", "Research use only"):
         assert stated in text, stated
@@ -405,9 +423,26 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
 
 
 def test_a_path_that_is_not_utf_8_does_not_end_the_run(brains, monkeypatch, tmp_path):
-    monkeypatch.setattr(html_report.sys, "orig_argv", ["python", "--dataset_dir", os.fsdecode(b"d\xe9j\xe0 vu"), "日本"])
+    monkeypatch.setattr(
+        html_report.sys, "orig_argv", ["python", "--dataset_dir", os.fsdecode(b"d\xe9j\xe0 vu"), "日本"]
+    )
     text = Elements(report_of([subject(brains[0], "1")], tmp_path)).text
     assert r"'d\udce9j\udce0 vu' 日本" in text
+
+
+def test_weights_that_are_not_those_of_the_checkpoint_are_not_told_as_such(brains, tmp_path):
+    """As of a federated client that was sent them, with a checkpoint on disk and without."""
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    items = [subject(brains[0], "1")]
+    for name, changes in (
+        ("others", {"network": SkipDenseSeg()}),
+        ("none", {"checkpoints": str(tmp_path / "model.pt")}),
+        ("one of two", {"checkpoints": [str(WEIGHTS), str(tmp_path / "model.pt")]}),
+    ):
+        text = Elements(report_of(items, tmp_path / name, **changes)).text
+        assert text.count("weights were given by the calling program") == 1, name
+        assert (digest in text) == (name == "one of two"), name
+    assert "given by the calling program" not in report_of(items, tmp_path / "same")
 
 
 def test_no_more_viewers_than_a_browser_bears(brains, monkeypatch, tmp_path):
