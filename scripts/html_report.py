@@ -41,6 +41,7 @@ from scripts.report import (
     middle,
     slices,
 )
+from scripts.storage import without_credentials
 from scripts.transforms import Tissue
 from scripts.weights import checkpoint_paths, holds
 from scripts.writers import BackgroundWriter, read_csv, whole_files
@@ -50,7 +51,7 @@ METADATA = HERE.parent / "configs" / "metadata.json"
 NAME = "report.html"
 GIVEN = "not used: weights were given by the calling program"
 
-# ml, mean and standard deviation in the labels of these
+# ml, mean and standard deviation as reported for these; this project hasn't measured them
 SOURCE = "the ten training subjects of iSeg-2017"
 SIX_MONTHS = {Tissue.CSF: (170, 14), Tissue.GM: (380, 40), Tissue.WM: (246, 39)}
 # Ten leave mean and deviation uncertain: by the prediction interval of a normal sample of ten, 2 in 100 such children
@@ -59,7 +60,7 @@ DEVIATIONS = 3
 # ml; half the mean brain at 6 months, about that of a newborn: less is a part of a brain, or voxels of a wrong size
 SMALLEST_BRAIN = sum(mean for mean, _ in SIX_MONTHS.values()) / 2
 # ml; a brain whose tissues are all at the upper end of their ranges; a head has more, with its skull
-LARGEST_BRAIN = sum(mean + DEVIATIONS * deviation for mean, deviation in SIX_MONTHS.values())
+LARGEST_USUAL_BRAIN = sum(mean + DEVIATIONS * deviation for mean, deviation in SIX_MONTHS.values())
 # share of the voxels on the faces of the volume where T1 may be above 0: where a brain is cut to its box it is 1 in
 # 100, while a head is cut off at the neck, and noise in the air is everywhere
 LARGEST_SHARE_OF_FACES = 0.1
@@ -127,8 +128,8 @@ def brain_left_unlabelled(t1: np.ndarray, prediction: np.ndarray) -> str | None:
 def not_skull_stripped(t1: np.ndarray, voxel_ml: float) -> str | None:
     """Warning of a T1 (X, Y, Z) that is above 0 in more than a brain, or on much of the faces of its volume."""
     volume = np.count_nonzero(t1 > 0) * voxel_ml
-    if volume > LARGEST_BRAIN:
-        return f"T1 is above 0 in {volume:.0f} ml, and a brain at 6 months has up to {LARGEST_BRAIN:.0f}"
+    if volume > LARGEST_USUAL_BRAIN:
+        return f"T1 is above 0 in {volume:.0f} ml, and a brain at 6 months has up to {LARGEST_USUAL_BRAIN:.0f}"
     faces = [face for axis in range(3) for face in (t1.take(0, axis), t1.take(-1, axis))]
     share = sum(np.count_nonzero(face > 0) for face in faces) / sum(face.size for face in faces)
     return f"T1 is above 0 on {share:.0%} of the faces of its volume" if share > LARGEST_SHARE_OF_FACES else None
@@ -167,7 +168,6 @@ class Pictures:
 
     Attributes:
         shape: voxels of the viewer to the right, front and top.
-        voxel: size of one in mm.
         layers: `t1`, `t2`, `labels` and, where it was computed, `uncertainty`, by UNCERTAINTY_STEP coarser: of each all
             axial slices, as `side_by_side` has them. Grey levels of `labels` are LABEL_STEP times the segmentation's
             label and 4 times that of the true one; of `uncertainty` they go to 255.
@@ -175,7 +175,6 @@ class Pictures:
     """
 
     shape: tuple[int, ...]
-    voxel: float
     layers: dict[str, bytes]
     static: bytes
 
@@ -254,8 +253,12 @@ def draw(
     def shown(values: MetaTensor) -> np.ndarray:
         return np.pad(canonical(values)[box][np.ix_(*places)], 1)
 
-    brain = shown(t1) > 0
-    layers = {name: _grey(shown(values), brain) for name, values in (("t1", t1), ("t2", t2))}
+    def grey(values: MetaTensor) -> np.ndarray:
+        """Of all voxels, shown or not, the brightest of the brain but 1 in 200 has the highest level."""
+        brightest = max(float(np.percentile(canonical(values)[canonical(t1) > 0], 99.5)), np.finfo(np.float32).tiny)
+        return (np.clip(shown(values) / brightest, 0, 1) * 255).astype(np.uint8)
+
+    layers = {"t1": grey(t1), "t2": grey(t2)}
     segmented = shown(prediction).astype(np.uint8)
     true = None if label is None else shown(label).astype(np.uint8)
     layers["labels"] = LABEL_STEP * (segmented if true is None else segmented + 4 * true)
@@ -265,13 +268,7 @@ def draw(
         layers["uncertainty"] = np.round(255 * shown(uncertainty)).astype(np.uint8)
         images["uncertainty"] = _webp(side_by_side(_coarser(layers["uncertainty"])), LARGEST_SCAN)
     static = _webp(_static(layers, segmented, true), LARGEST_STATIC)
-    return Pictures(shape=brain.shape, voxel=float(voxel), layers=images, static=static)
-
-
-def _grey(values: np.ndarray, brain: np.ndarray) -> np.ndarray:
-    """Intensities as grey levels, of which the brightest of the brain but 1 in 200 has the highest."""
-    brightest = max(float(np.percentile(values[brain], 99.5)), np.finfo(np.float32).tiny)
-    return (np.clip(values / brightest, 0, 1) * 255).astype(np.uint8)
+    return Pictures(shape=segmented.shape, layers=images, static=static)
 
 
 def side_by_side(values: np.ndarray) -> np.ndarray:
@@ -359,11 +356,12 @@ def training_history(folder: Path) -> dict[str, dict[int, float]]:
             for value in event.summary.value:
                 if value.HasField("simple_value") and value.tag in (TRAINING_LOSS, *VALIDATION_DICE):
                     own.setdefault(value.tag, {})[event.step] = value.simple_value
-        if own:
-            first = min(step for steps in own.values() for step in steps)
+        # the loss alone says where a log begins: what training starts from may be validated as epoch 1, wherever it is
+        if first := min(own.get(TRAINING_LOSS, ()), default=0):
             for tag in {*history, *own}:
                 earlier = {step: value for step, value in history.get(tag, {}).items() if step < first}
-                history[tag] = earlier | own.get(tag, {})
+                later = {step: value for step, value in own.get(tag, {}).items() if step >= first}
+                history[tag] = earlier | later
     return {tag: steps for tag, steps in history.items() if steps}
 
 
@@ -464,7 +462,8 @@ def render(
     viewer = (HERE / "report_viewer.js").read_text(encoding="utf-8")
     # only this script may run, whatever a name holds, and nothing may be fetched
     digest = base64.b64encode(hashlib.sha256(viewer.encode()).digest()).decode()
-    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+    policy += "base-uri 'none'; form-action 'none'"
     names = [tissue.name for tissue in Tissue]
     plots = {}
     several = len(parts) > 1
@@ -559,13 +558,15 @@ class ReportSaver(BackgroundWriter):
         precision = str(network_precision(device, self.settings["precision"])).removeprefix("torch.")
         self.provenance = {
             "date": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-            "command": " ".join([Path(sys.orig_argv[0]).name, *map(_quoted, sys.orig_argv[1:])]),
+            "command": " ".join(
+                [Path(sys.orig_argv[0]).name, *map(_quoted, map(without_credentials, sys.orig_argv[1:]))]
+            ),
             "bundle": f"{metadata['name']}, version {metadata['version']}",
             "software": f"MONAI {monai.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
             "device": f"{device}, {processes} processes" if (processes := idist.get_world_size()) > 1 else str(device),
             "precision": "that of the exported network" if exported else precision,
             **{f"checkpoint {path}": GIVEN if given or not Path(path).is_file() else _sha256(path) for path in paths},
-            **{f"setting {name}": str(value) for name, value in self.settings.items()},
+            **{f"setting {name}": without_credentials(str(value)) for name, value in self.settings.items()},
         }
 
     def write(self, item: dict[str, Any]) -> None:

@@ -27,7 +27,7 @@ from torch.utils.tensorboard import SummaryWriter
 from scripts import html_report
 from scripts.html_report import (
     LABEL_STEP,
-    LARGEST_BRAIN,
+    LARGEST_USUAL_BRAIN,
     MOST_VIEWERS,
     SIX_MONTHS,
     SMALLEST_BRAIN,
@@ -127,8 +127,8 @@ def test_warning_of_a_skull():
     t1 = np.zeros((20, 20, 20))
     t1[1:-1, 1:-1, 1:-1] = 1
     voxels = 18**3
-    assert not_skull_stripped(t1, LARGEST_BRAIN / voxels) is None
-    assert "a brain at 6 months has up to 1075" in not_skull_stripped(t1, LARGEST_BRAIN / voxels + 1e-3)
+    assert not_skull_stripped(t1, LARGEST_USUAL_BRAIN / voxels) is None
+    assert "a brain at 6 months has up to 1075" in not_skull_stripped(t1, LARGEST_USUAL_BRAIN / voxels + 1e-3)
     t1[1:16, 1:17, 0] = 1  # as a neck that is cut off: 240 of 2400 voxels of the faces
     assert not_skull_stripped(t1, 0.001) is None
     t1[16, 1, 0] = 1
@@ -171,7 +171,7 @@ def test_the_page_on_warnings_states_the_thresholds():
         f"more than {html_report.DEVIATIONS} standard deviations",
         f"less than {SMALLEST_BRAIN:.0f} ml",
         f"more than {html_report.LARGEST_BACKGROUND:.0%} of where".replace("%", " %"),
-        f"more than {LARGEST_BRAIN:,.0f} ml",
+        f"more than {LARGEST_USUAL_BRAIN:,.0f} ml",
         "more than a tenth of the faces",
         f"more than {html_report.LARGEST_WITHOUT_T2:.0%} of where".replace("%", " %"),
         f"more than {50 * (1 + html_report.LARGEST_ASYMMETRY):g} % of a tissue",
@@ -235,11 +235,19 @@ def test_voxels_that_are_not_cubes_are_shown_in_true_proportion():
     prediction[1:-1, 1:-1, 1:6], prediction[1:-1, 1:-1, 6:-1] = 1, 2
     affine = torch.diag(torch.tensor([1.0, 0.5, 3, 1], dtype=torch.float64))
     pictures = draw(*(volume(v, affine) for v in (t1, t1, prediction)))
-    assert (pictures.shape, pictures.voxel) == ((12, 7, 32), 1)
+    assert pictures.shape == (12, 7, 32)
     shown = unfolded(pictures.layers["labels"], pictures.shape)[5, 3] // LABEL_STEP
     assert shown.tolist() == [0, *[1] * 15, *[2] * 15, 0]
     huge = torch.diag(torch.tensor([1e5, 1, 1, 1], dtype=torch.float64))
     assert max(draw(*(volume(v, huge) for v in (t1, t1, prediction))).shape) <= html_report.LONGEST_SIDE + 2
+
+
+def test_a_brain_of_which_the_coarser_grid_hits_no_voxel_is_shown():
+    t1 = np.zeros((9, 9, 9), np.float32)
+    t1[[0, -1], [0, -1], [0, -1]] = 7
+    small = torch.diag(torch.tensor([1 / 3, 1 / 3, 1 / 3, 1], dtype=torch.float64))
+    scan, prediction = volume(t1, small), volume((t1 > 0).astype(np.uint8), small)
+    assert draw(scan, scan, prediction).shape == (5, 5, 5)
 
 
 def test_static_picture_has_a_row_for_each_thing_that_is_there(brains):
@@ -250,7 +258,13 @@ def test_static_picture_has_a_row_for_each_thing_that_is_there(brains):
     rows = [picture(pictures.static) for pictures in (plain, whole)]
     assert rows[1].shape[0] == 2 * rows[0].shape[0]
     assert rows[0].std() > 20
-    assert whole.layers["uncertainty"] != b""
+    # of the coarser cubes those that lie in the brain with all their voxels are at half of what is most
+    segmented = unfolded(whole.layers["labels"], whole.shape) > 0
+    coarse = unfolded(whole.layers["uncertainty"], [-(-size // 2) for size in whole.shape])
+    padded = np.pad(segmented, [(0, size % 2) for size in segmented.shape])
+    parts = padded.reshape([side for size in coarse.shape for side in (size, 2)])
+    assert abs(coarse[parts.all((1, 3, 5))].mean() - 0.5 * 255) < 3
+    assert coarse[~parts.any((1, 3, 5))].mean() < 5
 
 
 # the page
@@ -305,7 +319,10 @@ def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
     (policy,) = [a["content"] for tag, a in elements.tags if tag == "meta" and "http-equiv" in a]
     script = page.rsplit("<script>", 1)[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policy == (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'")
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        f"base-uri 'none'; form-action 'none'"
+    )
     assert script == (ROOT / "scripts" / "report_viewer.js").read_text(encoding="utf-8")
 
 
@@ -337,13 +354,16 @@ def test_provenance_is_told():
 # learning curves
 
 
-def write_log(folder: Path, epochs: range, loss: int) -> None:
+def write_log(folder: Path, epochs: range, loss: int, validated_first: bool = False) -> None:
     """A log whose name says that it was begun at second `loss`."""
     with SummaryWriter(str(folder / "writing")) as writer:
+        if validated_first:
+            writer.add_scalar("val_mean_dice", 0.25, 1)
         for epoch in epochs:
             writer.add_scalar("train_loss", loss, epoch)
             writer.add_scalar("train_step_loss", 9, epoch)
-        writer.add_scalar("val_mean_dice", 0.5, epochs[-1])
+        if epochs:
+            writer.add_scalar("val_mean_dice", 0.5, epochs[-1])
     (log,) = (folder / "writing").iterdir()
     log.rename(folder / f"events.out.tfevents.{loss}.host")
 
@@ -358,6 +378,16 @@ def test_history_of_a_training_that_was_gone_on_with_and_of_one_that_began_anew(
     assert set(history) == {"train_loss", "val_mean_dice"}
     write_log(tmp_path, range(1, 3), 3)
     assert training_history(tmp_path)["train_loss"] == {1: 3, 2: 3}
+
+
+def test_history_of_a_training_that_validated_what_it_went_on_with(tmp_path):
+    """Such a validation counts as epoch 1; of a training that was stopped at once it is all there is."""
+    write_log(tmp_path, range(1, 5), 1)
+    write_log(tmp_path, range(5, 7), 2, validated_first=True)
+    write_log(tmp_path, range(0), 3, validated_first=True)
+    history = training_history(tmp_path)
+    assert history["train_loss"] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2}
+    assert history["val_mean_dice"] == {4: 0.5, 6: 0.5}
 
 
 def test_curves_are_drawn_where_there_is_a_log():
@@ -423,11 +453,23 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
 
 
 def test_a_path_that_is_not_utf_8_does_not_end_the_run(brains, monkeypatch, tmp_path):
-    monkeypatch.setattr(
-        html_report.sys, "orig_argv", ["python", "--dataset_dir", os.fsdecode(b"d\xe9j\xe0 vu"), "日本"]
-    )
+    given = [os.fsdecode(b"d\xe9j\xe0 vu"), "日本"]
+    monkeypatch.setattr(html_report.sys, "orig_argv", ["python", "--dataset_dir", *given])
     text = Elements(report_of([subject(brains[0], "1")], tmp_path)).text
-    assert r"'d\udce9j\udce0 vu' 日本" in text
+    assert r"'d\udce9j\udce0 vu' '日本'" in text
+
+
+def test_credentials_in_urls_are_left_out(brains, monkeypatch, tmp_path):
+    urls = ["http://me:secret@host:5000/a", "http://me:s/e@c'ret@host/b", "https://secret@host/c"]
+    kept = "s3://bucket/b@c"
+    command = ["python", "run", "--tracking_uri", urls[0], f"--other={urls[1]}", "--output_dir", kept]
+    monkeypatch.setattr(html_report.sys, "orig_argv", command)
+    page = report_of([subject(brains[0], "1")], tmp_path, dataset_dir=urls[2], both=urls[:2], **{"else": kept})
+    assert not re.search("secret|c'ret|c&#39;ret|//me", page)
+    text = Elements(page).text
+    assert "--tracking_uri http://host:5000/a --other=http://host/b" in text
+    assert "https://host/c" in text
+    assert text.count(kept) == 2
 
 
 def test_weights_that_are_not_those_of_the_checkpoint_are_not_told_as_such(brains, tmp_path):
@@ -469,7 +511,7 @@ def test_another_rank_writes_nothing(brains, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_three_seconds_each():
+def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_ten_seconds_each():
     rng = np.random.default_rng(3)
     label = label_map(rng)
     brain = {
@@ -483,7 +525,7 @@ def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_three_secon
     before = os.times()
     part = subject_part(item)
     after = os.times()
-    assert sum(after[:2]) - sum(before[:2]) < 3
+    assert sum(after[:2]) - sum(before[:2]) < 10  # of a CPU; 1 to 2 are usual
     assert not part.warnings
     parts = [SimpleNamespace(**{**vars(part), "subject": str(n)}) for n in range(13)]
     page = render(parts, PROVENANCE, {part.subject: scores_of(0.8) for part in parts}, {})
@@ -639,6 +681,38 @@ def test_a_viewer_out_of_sight_is_loaded_when_it_comes_into_it(page):
 
 
 @slow_in_browser
+def test_a_viewer_that_goes_out_of_sight_while_it_loads_stays_unloaded(page):
+    layers = """async leave => {
+        const viewer = [...viewers.values()].at(-1);
+        const loading = viewer.load();
+        if (leave) viewer.unload();
+        await loading;
+        return viewer.layers && Object.keys(viewer.layers);
+    }"""
+    assert page.evaluate(layers, True) is None
+    assert page.evaluate(layers, False) == ["t1", "t2", "uncertainty", "labels"]
+
+
+@slow_in_browser
+def test_uncertainty_is_shown_where_the_segmentation_is_background(browser, brains, tmp_path):
+    item = subject(brains[0], uncertain=True)
+    missed = item["pred"][:, :, 30:34]
+    missed[:] = 0
+    report_of([item], tmp_path)
+    page = browser.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    page.locator(".viewer").scroll_into_view_if_needed()
+    page.wait_for_selector(".viewer.loaded")
+    slider = page.locator("input[type=range]").nth(1)
+    slider.evaluate("slider => { slider.value = 25; slider.dispatchEvent(new Event('input')); }")
+    page.locator("input[name=uncertainty]").check()
+    image = pixels(page, canvas(1, "t1")).astype(int)
+    colorful = (np.ptp(image, axis=-1) > 50).mean()
+    page.close()
+    assert colorful > 0.2
+
+
+@slow_in_browser
 def test_hostile_names_are_shown_as_they_are(page):
     assert page.locator("h2").nth(1).inner_text() == f"Subject 0 {HOSTILE}"
 
@@ -655,9 +729,8 @@ def test_print_has_a_static_picture_of_each_subject(page):
     page.emulate_media(media="print")
     assert page.locator("img.static:visible").count() == 3
     assert not page.locator("canvas:visible").count()
-    printed = page.pdf()
-    # the first and the last subject have the same; box plots and curves are drawn, not images
-    assert printed.count(b"/Subtype /Image") == 2
+    assert page.locator("img.plot:visible").count() == 3
+    assert page.locator("img:visible").count() == 6
 
 
 @slow_in_browser
