@@ -690,7 +690,7 @@ def test_a_viewer_that_goes_out_of_sight_while_it_loads_stays_unloaded(page):
         return viewer.layers && Object.keys(viewer.layers);
     }"""
     assert page.evaluate(layers, True) is None
-    assert page.evaluate(layers, False) == ["t1", "t2", "uncertainty", "labels"]
+    assert page.evaluate(layers, False) == ["t1", "t2", "labels", "uncertainty"]
 
 
 @slow_in_browser
