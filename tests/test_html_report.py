@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import io
 import json
 import os
 import re
@@ -20,63 +19,22 @@ import torch
 from conftest import ROOT
 from ignite.engine import Engine, Events
 from matplotlib.colors import to_rgb
-from monai.data import MetaTensor
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
+from test_report_pictures import picture, subject
+from test_report_plots import write_log
 
 from scripts import html_report
-from scripts.html_report import (
-    LABEL_STEP,
-    LARGEST_USUAL_BRAIN,
-    MOST_VIEWERS,
-    SIX_MONTHS,
-    SMALLEST_BRAIN,
-    Part,
-    ReportSaver,
-    brain_left_unlabelled,
-    draw,
-    few_foreground_voxels,
-    left_right_asymmetry,
-    not_skull_stripped,
-    render,
-    side_by_side,
-    subject_part,
-    t2_missing,
-    training_history,
-    usual_range,
-    volume_out_of_range,
-)
+from scripts.html_report import MOST_VIEWERS, Part, ReportSaver, render, subject_part
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
-from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, brain_box
+from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import Tissue
 from scripts.weights import load_weights
 from scripts.writers import write_csv
 
-LAS = torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64))
 WEIGHTS = ROOT / "models" / "model.pt"
 HOSTILE = """<script>alert('1')</script>"><img src=x onerror=alert(2)>&amp;$\\frac{ 日本"""
 PROVENANCE = {"date": "today", "command": "python -m monai.bundle run", "checkpoint model.pt": "SHA-256 abc"}
-
-
-def volume(values: np.ndarray, affine: torch.Tensor = LAS, name: str = "scan.nii.gz") -> MetaTensor:
-    return MetaTensor(torch.from_numpy(values[None].copy()), affine=affine, meta={"filename_or_obj": f"data/{name}"})
-
-
-def subject(brain: dict[str, np.ndarray], subject_id: str = "9", labeled: bool = False, uncertain: bool = False) -> Any:
-    """A subject as an evaluator has it, whose segmentation is wrong in a slab on the subject's right."""
-    prediction = brain["label"].copy()
-    wrong = prediction[:25, 30:34, :]
-    wrong[wrong > 0] = wrong[wrong > 0] % 3 + 1
-    item = {"subject": subject_id, "pred": volume(prediction)}
-    for key, kind in (("t1", "T1"), ("t2", "T2")):
-        item[key] = volume(brain[kind].astype(np.float32), name=f"subject-{subject_id}-{kind}.hdr")
-    if labeled:
-        item["label"] = volume(brain["label"], name=f"subject-{subject_id}-label.hdr")
-    if uncertain:
-        item["uncertainty"] = volume(np.where(prediction > 0, 0.5, 0).astype(np.float32))
-    return item
 
 
 def scores_of(number: float) -> dict[str, str]:
@@ -85,186 +43,10 @@ def scores_of(number: float) -> dict[str, str]:
     return {name: str(number + place / 100) for place, name in enumerate(names)}
 
 
-def picture(content: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-
-
-# warnings
-
-
-@pytest.mark.parametrize("tissue", list(Tissue))
-def test_warning_of_a_volume_beyond_three_deviations(tissue):
-    usual = {f"{each.name.lower()}_ml": mean for each, (mean, _) in SIX_MONTHS.items()}
-    assert volume_out_of_range(usual) is None
-    for edge, beyond in zip(usual_range(tissue), (-1, 1), strict=True):
-        assert volume_out_of_range(usual | {f"{tissue.name.lower()}_ml": edge}) is None
-        message = volume_out_of_range(usual | {f"{tissue.name.lower()}_ml": edge + beyond})
-        assert message.startswith(f"{tissue.name} {edge + beyond:.0f} ml, usual at 6 months ")
-
-
-def test_the_ranges_are_those_of_iseg():
-    assert [tuple(map(round, usual_range(tissue))) for tissue in Tissue] == [(128, 212), (260, 500), (129, 363)]
-
-
-def test_warning_of_few_foreground_voxels():
-    t1 = np.zeros((10, 10, 10))
-    t1.flat[:100] = 5
-    assert few_foreground_voxels(t1, SMALLEST_BRAIN / 100) is None
-    assert few_foreground_voxels(t1, SMALLEST_BRAIN / 101) == "T1 is above 0 in only 394 ml"
-
-
-def test_warning_of_a_brain_left_unlabelled():
-    t1 = np.zeros((10, 10, 20))
-    t1[..., :10] = 1
-    prediction = np.where(t1 > 0, 2, 0)
-    prediction[:5, 0, :10] = 0
-    assert brain_left_unlabelled(t1, prediction) is None
-    prediction[5, 0, 0] = 0
-    assert brain_left_unlabelled(t1, prediction) == "5% of the brain is labelled background"
-
-
-def test_warning_of_a_skull():
-    t1 = np.zeros((20, 20, 20))
-    t1[1:-1, 1:-1, 1:-1] = 1
-    voxels = 18**3
-    assert not_skull_stripped(t1, LARGEST_USUAL_BRAIN / voxels) is None
-    assert "a brain at 6 months has up to 1075" in not_skull_stripped(t1, LARGEST_USUAL_BRAIN / voxels + 1e-3)
-    t1[1:16, 1:17, 0] = 1  # as a neck that is cut off: 240 of 2400 voxels of the faces
-    assert not_skull_stripped(t1, 0.001) is None
-    t1[16, 1, 0] = 1
-    assert not_skull_stripped(t1, 0.001) == "T1 is above 0 on 10% of the faces of its volume"
-
-
-def test_warning_of_missing_t2():
-    t1 = np.zeros((10, 10, 20))
-    t1[..., :10] = 1
-    t2 = t1 * 7
-    t2[0, :10, 0] = 0
-    assert t2_missing(t1, t2) is None
-    t2[1, 0, 0] = 0
-    assert t2_missing(t1, t2) == "T2 isn't above 0 in 1% of the brain"
-
-
-@pytest.mark.parametrize("width", [40, 41])
-def test_warning_of_asymmetry(width):
-    prediction = np.zeros((60, 10, 10), np.uint8)
-    prediction[5 : 5 + width] = 2
-    prediction[5 : 5 + width, 4:6] = 3
-    assert left_right_asymmetry(prediction) is None
-    prediction[5:10, 4:6] = 1  # X runs to the right; a quarter less of WM on one side is still even enough
-    assert left_right_asymmetry(prediction) == "100% of CSF is on the left"
-    prediction[5:15, 4:6] = 1
-    assert left_right_asymmetry(prediction) == "100% of CSF is on the left; 67% of WM is on the right"
-    assert left_right_asymmetry(prediction[::-1]) == "100% of CSF is on the right; 67% of WM is on the left"
-    assert left_right_asymmetry(np.zeros((4, 4, 4), np.uint8)) is None
-
-
 def test_a_phantom_that_was_segmented_well_is_warned_of_for_its_size_alone(brains):
     """It is shrunk to a fifteenth of its volume."""
     part = subject_part(subject(brains[0]))
     assert set(part.warnings) == {"volume out of range", "few foreground voxels"}
-
-
-def test_the_page_on_warnings_states_the_thresholds():
-    page = " ".join((ROOT / "docs" / "reading_the_report.md").read_text(encoding="utf-8").split())
-    for stated in (
-        f"more than {html_report.DEVIATIONS} standard deviations",
-        f"less than {SMALLEST_BRAIN:.0f} ml",
-        f"more than {html_report.LARGEST_BACKGROUND:.0%} of where".replace("%", " %"),
-        f"more than {LARGEST_USUAL_BRAIN:,.0f} ml",
-        "more than a tenth of the faces",
-        f"more than {html_report.LARGEST_WITHOUT_T2:.0%} of where".replace("%", " %"),
-        f"more than {50 * (1 + html_report.LARGEST_ASYMMETRY):g} % of a tissue",
-        f"at most {MOST_VIEWERS} subjects",
-        ", ".join(f"{t.name} {mean} ± {deviation}" for t, (mean, deviation) in SIX_MONTHS.items()) + " ml",
-    ):
-        assert stated in page, stated
-    assert html_report.LARGEST_SHARE_OF_FACES == 0.1
-
-
-# pictures
-
-
-def unfolded(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """The volume from the picture that the viewer gets, by another way than the one it was made."""
-    grey, (width, depth, height) = picture(content)[..., 0], shape
-    columns = int(np.ceil(np.sqrt(height * depth / width)))
-    tiles = [divmod(z, columns) for z in range(height)]
-    slices = [grey[r * depth : (r + 1) * depth, c * width : (c + 1) * width][::-1].T for r, c in tiles]
-    return np.stack(slices, axis=-1)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (40, 3, 2), (2, 3, 70)])
-def test_slices_side_by_side(shape):
-    values = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(side_by_side(values)).save(content, "PNG")
-    np.testing.assert_array_equal(unfolded(content.getvalue(), shape), values)
-
-
-def test_labels_are_shown_voxel_by_voxel_with_x_to_the_right(brains):
-    item = subject(brains[0], labeled=True)
-    pictures = draw(item["t1"], item["t2"], item["pred"], item["label"])
-    box = brain_box(brains[0]["T1"])
-    expected = [np.pad(volume_[0].numpy()[box][::-1], 1) for volume_ in (item["pred"], item["label"])]
-    assert pictures.shape == expected[0].shape
-    shown = unfolded(pictures.layers["labels"], pictures.shape)
-    np.testing.assert_array_equal(shown, LABEL_STEP * (expected[0] + 4 * expected[1]))
-    assert set(pictures.layers) == {"t1", "t2", "labels"}
-    grey = unfolded(pictures.layers["t1"], pictures.shape)
-    assert np.corrcoef(grey.ravel(), np.pad(brains[0]["T1"][box][::-1], 1).ravel())[0, 1] > 0.9
-
-
-def test_same_pictures_whatever_the_order_of_the_axes_on_disk(brains):
-    item = subject(brains[0], labeled=True, uncertain=True)
-    names = ("t1", "t2", "pred", "label", "uncertainty")
-    turned = {
-        name: MetaTensor(
-            torch.flip(item[name].as_tensor().permute(0, 3, 2, 1), dims=[2]),
-            affine=torch.tensor([[0, 0, -1, 0], [0, -1, 0, 71], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.float64),
-        )
-        for name in names
-    }
-    assert draw(*(turned[name] for name in names)) == draw(*(item[name] for name in names))
-
-
-def test_voxels_that_are_not_cubes_are_shown_in_true_proportion():
-    t1 = np.zeros((12, 12, 12), np.float32)
-    t1[1:-1, 1:-1, 1:-1] = np.random.default_rng(0).uniform(1, 9, (10, 10, 10))
-    prediction = np.zeros((12, 12, 12), np.uint8)
-    prediction[1:-1, 1:-1, 1:6], prediction[1:-1, 1:-1, 6:-1] = 1, 2
-    affine = torch.diag(torch.tensor([1.0, 0.5, 3, 1], dtype=torch.float64))
-    pictures = draw(*(volume(v, affine) for v in (t1, t1, prediction)))
-    assert pictures.shape == (12, 7, 32)
-    shown = unfolded(pictures.layers["labels"], pictures.shape)[5, 3] // LABEL_STEP
-    assert shown.tolist() == [0, *[1] * 15, *[2] * 15, 0]
-    huge = torch.diag(torch.tensor([1e5, 1, 1, 1], dtype=torch.float64))
-    assert max(draw(*(volume(v, huge) for v in (t1, t1, prediction))).shape) <= html_report.LONGEST_SIDE + 2
-
-
-def test_a_brain_of_which_the_coarser_grid_hits_no_voxel_is_shown():
-    t1 = np.zeros((9, 9, 9), np.float32)
-    t1[[0, -1], [0, -1], [0, -1]] = 7
-    small = torch.diag(torch.tensor([1 / 3, 1 / 3, 1 / 3, 1], dtype=torch.float64))
-    scan, prediction = volume(t1, small), volume((t1 > 0).astype(np.uint8), small)
-    assert draw(scan, scan, prediction).shape == (5, 5, 5)
-
-
-def test_static_picture_has_a_row_for_each_thing_that_is_there(brains):
-    plain, whole = (
-        draw(*(item.get(name) for name in ("t1", "t2", "pred", "label", "uncertainty")))
-        for item in (subject(brains[0]), subject(brains[0], labeled=True, uncertain=True))
-    )
-    rows = [picture(pictures.static) for pictures in (plain, whole)]
-    assert rows[1].shape[0] == 2 * rows[0].shape[0]
-    assert rows[0].std() > 20
-    # of the coarser cubes those that lie in the brain with all their voxels are at half of what is most
-    segmented = unfolded(whole.layers["labels"], whole.shape) > 0
-    coarse = unfolded(whole.layers["uncertainty"], [-(-size // 2) for size in whole.shape])
-    padded = np.pad(segmented, [(0, size % 2) for size in segmented.shape])
-    parts = padded.reshape([side for size in coarse.shape for side in (size, 2)])
-    assert abs(coarse[parts.all((1, 3, 5))].mean() - 0.5 * 255) < 3
-    assert coarse[~parts.any((1, 3, 5))].mean() < 5
 
 
 # the page
@@ -351,51 +133,8 @@ def test_provenance_is_told():
     assert "Research use only" in text
 
 
-# learning curves
-
-
-def write_log(folder: Path, epochs: range, loss: int, validated_first: bool = False) -> None:
-    """A log whose name says that it was begun at second `loss`."""
-    with SummaryWriter(str(folder / "writing")) as writer:
-        if validated_first:
-            writer.add_scalar("val_mean_dice", 0.25, 1)
-        for epoch in epochs:
-            writer.add_scalar("train_loss", loss, epoch)
-            writer.add_scalar("train_step_loss", 9, epoch)
-        if epochs:
-            writer.add_scalar("val_mean_dice", 0.5, epochs[-1])
-    (log,) = (folder / "writing").iterdir()
-    log.rename(folder / f"events.out.tfevents.{loss}.host")
-
-
-def test_history_of_a_training_that_was_gone_on_with_and_of_one_that_began_anew(tmp_path):
-    assert training_history(tmp_path) == {}
-    write_log(tmp_path, range(1, 5), 1)
-    write_log(tmp_path, range(3, 7), 2)  # stopped within epoch 3
-    history = training_history(tmp_path)
-    assert history["train_loss"] == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
-    assert list(history["val_mean_dice"]) == [6]
-    assert set(history) == {"train_loss", "val_mean_dice"}
-    write_log(tmp_path, range(1, 3), 3)
-    assert training_history(tmp_path)["train_loss"] == {1: 3, 2: 3}
-
-
-def test_history_of_a_training_that_validated_what_it_went_on_with(tmp_path):
-    """Such a validation counts as epoch 1; of a training that was stopped at once it is all there is."""
-    write_log(tmp_path, range(1, 5), 1)
-    write_log(tmp_path, range(5, 7), 2, validated_first=True)
-    write_log(tmp_path, range(0), 3, validated_first=True)
-    history = training_history(tmp_path)
-    assert history["train_loss"] == {1: 1, 2: 1, 3: 1, 4: 1, 5: 2, 6: 2}
-    assert history["val_mean_dice"] == {4: 0.5, 6: 0.5}
-
-
-def test_curves_are_drawn_where_there_is_a_log():
-    history = {"train_loss": {1: 0.9, 2: 0.5}, **{tag: {2: 0.8} for tag in html_report.VALIDATION_DICE}}
-    loss, dice = html_report.learning_curves(history).axes
-    assert loss.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.5]]
-    assert [line.get_label() for line in dice.lines] == ["mean", "CSF", "GM", "WM"]
-    assert dice.lines[0].get_xydata().tolist() == [[2, 80]]
+def test_curves_are_in_the_page_where_there_is_a_log():
+    history = {"train_loss": {1: 0.9, 2: 0.5}}
     assert 'alt="Training"' in render([a_part("1")], PROVENANCE, {}, history)
     assert 'alt="Training"' not in render([a_part("1")], PROVENANCE, {}, {})
 
