@@ -38,7 +38,7 @@ bench: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-# the demo from nothing and the set-up without make
+# the demo from nothing and the set-up without make; the tests of the report want a browser (on Debian: chromium)
 test-slow: $(VENV)/.installed-dev
 	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile
 

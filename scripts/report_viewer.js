@@ -41,6 +41,7 @@ class Viewer {
     this.element = element;
     this.shape = element.dataset.shape.split(",").map(Number);
     this.place = this.shape.map((size, axis) => Math.floor((size * CONSTANTS.place[axis]) / 1000));
+    this.wanted = false; // whether it shall be loaded
     this.layers = null;
     this.sliders = [...element.querySelectorAll("input[type=range]")];
     this.checks = Object.fromEntries([...element.querySelectorAll("input[type=checkbox]")].map((c) => [c.name, c]));
@@ -66,12 +67,14 @@ class Viewer {
   }
 
   async load() {
+    this.wanted = true;
     const layers = {};
     for (const image of this.element.querySelectorAll("img[data-layer]")) {
       const name = image.dataset.layer;
       const step = name === "uncertainty" ? CONSTANTS.uncertaintyStep : 1;
       const shape = this.shape.map((size) => Math.ceil(size / step));
       await image.decode();
+      if (!this.wanted) return; // it was unloaded meanwhile
       layers[name] = { step, shape, values: volume(image, shape) };
     }
     this.layers = layers;
@@ -80,6 +83,7 @@ class Viewer {
   }
 
   unload() {
+    this.wanted = false;
     this.layers = null;
   }
 
@@ -123,7 +127,7 @@ class Viewer {
         const picture = new ImageData(grey.width, grey.height);
         grey.values.forEach((value, i) => {
           let color = [value, value, value];
-          if (uncertainty && segmented[i]) {
+          if (uncertainty) {
             const weight = Math.min(uncertainty[i] / CONSTANTS.opaqueUncertainty, 1);
             color = CONSTANTS.uncertainty[uncertainty[i]].map((part) => weight * part + (1 - weight) * value);
           }

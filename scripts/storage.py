@@ -103,12 +103,17 @@ def _version(info: dict[str, Any]) -> list[Any]:
     return [info["size"], str(stamp.timestamp() if isinstance(stamp, datetime) else stamp)]
 
 
+def without_credentials(text: str) -> str:
+    """A URL, or a text that has some, without user names and passwords."""
+    return re.sub(r"://[^@]*:.*@|://[^/@]*@", "://", text)
+
+
 def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system of a URL, and the folder's path on it."""
     if re.search(r"://[^@]*:[^@]*@", url):
-        shown = re.sub(r"://.*@", "://", url)
         raise StorageError(
-            f"{shown}: has a password in it, which logs would show; give it by the environment or fsspec's settings"
+            f"{without_credentials(url)}: has a password in it, which logs would show; "
+            f"give it by the environment or fsspec's settings"
         )
     try:
         fs, root = url_to_fs(url)

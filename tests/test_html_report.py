@@ -2,12 +2,12 @@
 
 import base64
 import hashlib
-import io
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,60 +19,22 @@ import torch
 from conftest import ROOT
 from ignite.engine import Engine, Events
 from matplotlib.colors import to_rgb
-from monai.data import MetaTensor
-from PIL import Image
-from torch.utils.tensorboard import SummaryWriter
+from test_report_pictures import picture, subject
+from test_report_plots import write_log
 
 from scripts import html_report
-from scripts.html_report import (
-    LABEL_STEP,
-    LARGEST_BRAIN,
-    MOST_VIEWERS,
-    SIX_MONTHS,
-    SMALLEST_BRAIN,
-    Part,
-    ReportSaver,
-    brain_left_unlabelled,
-    draw,
-    few_foreground_voxels,
-    left_right_asymmetry,
-    not_skull_stripped,
-    render,
-    side_by_side,
-    subject_part,
-    t2_missing,
-    training_history,
-    usual_range,
-    volume_out_of_range,
-)
+from scripts.html_report import MOST_VIEWERS, Part, ReportSaver, render, subject_part
+from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
-from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, brain_box
+from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import Tissue
+from scripts.weights import load_weights
 from scripts.writers import write_csv
 
-LAS = torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64))
+WEIGHTS = ROOT / "models" / "model.pt"
 HOSTILE = """<script>alert('1')</script>"><img src=x onerror=alert(2)>&amp;$\\frac{ 日本"""
 PROVENANCE = {"date": "today", "command": "python -m monai.bundle run", "checkpoint model.pt": "SHA-256 abc"}
-
-
-def volume(values: np.ndarray, affine: torch.Tensor = LAS, name: str = "scan.nii.gz") -> MetaTensor:
-    return MetaTensor(torch.from_numpy(values[None].copy()), affine=affine, meta={"filename_or_obj": f"data/{name}"})
-
-
-def subject(brain: dict[str, np.ndarray], subject_id: str = "9", labeled: bool = False, uncertain: bool = False) -> Any:
-    """A subject as an evaluator has it, whose segmentation is wrong in a slab on the subject's right."""
-    prediction = brain["label"].copy()
-    wrong = prediction[:25, 30:34, :]
-    wrong[wrong > 0] = wrong[wrong > 0] % 3 + 1
-    item = {"subject": subject_id, "pred": volume(prediction)}
-    for key, kind in (("t1", "T1"), ("t2", "T2")):
-        item[key] = volume(brain[kind].astype(np.float32), name=f"subject-{subject_id}-{kind}.hdr")
-    if labeled:
-        item["label"] = volume(brain["label"], name=f"subject-{subject_id}-label.hdr")
-    if uncertain:
-        item["uncertainty"] = volume(np.where(prediction > 0, 0.5, 0).astype(np.float32))
-    return item
 
 
 def scores_of(number: float) -> dict[str, str]:
@@ -81,172 +43,10 @@ def scores_of(number: float) -> dict[str, str]:
     return {name: str(number + place / 100) for place, name in enumerate(names)}
 
 
-def picture(content: bytes) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
-
-
-# warnings
-
-
-@pytest.mark.parametrize("tissue", list(Tissue))
-def test_warning_of_a_volume_beyond_three_deviations(tissue):
-    usual = {f"{each.name.lower()}_ml": mean for each, (mean, _) in SIX_MONTHS.items()}
-    assert volume_out_of_range(usual) is None
-    for edge, beyond in zip(usual_range(tissue), (-1, 1), strict=True):
-        assert volume_out_of_range(usual | {f"{tissue.name.lower()}_ml": edge}) is None
-        message = volume_out_of_range(usual | {f"{tissue.name.lower()}_ml": edge + beyond})
-        assert message.startswith(f"{tissue.name} {edge + beyond:.0f} ml, usual at 6 months ")
-
-
-def test_the_ranges_are_those_of_iseg():
-    assert [tuple(map(round, usual_range(tissue))) for tissue in Tissue] == [(128, 212), (260, 500), (129, 363)]
-
-
-def test_warning_of_few_foreground_voxels():
-    t1 = np.zeros((10, 10, 10))
-    t1.flat[:100] = 5
-    assert few_foreground_voxels(t1, SMALLEST_BRAIN / 100) is None
-    assert few_foreground_voxels(t1, SMALLEST_BRAIN / 101) == "T1 is above 0 in only 394 ml"
-
-
-def test_warning_of_a_brain_left_unlabelled():
-    t1 = np.zeros((10, 10, 20))
-    t1[..., :10] = 1
-    prediction = np.where(t1 > 0, 2, 0)
-    prediction[:5, 0, :10] = 0
-    assert brain_left_unlabelled(t1, prediction) is None
-    prediction[5, 0, 0] = 0
-    assert brain_left_unlabelled(t1, prediction) == "5% of the brain is labelled background"
-
-
-def test_warning_of_a_skull():
-    t1 = np.zeros((20, 20, 20))
-    t1[1:-1, 1:-1, 1:-1] = 1
-    voxels = 18**3
-    assert not_skull_stripped(t1, LARGEST_BRAIN / voxels) is None
-    assert "a brain at 6 months has up to 1075" in not_skull_stripped(t1, LARGEST_BRAIN / voxels + 1e-3)
-    t1[1:16, 1:17, 0] = 1  # as a neck that is cut off: 240 of 2400 voxels of the faces
-    assert not_skull_stripped(t1, 0.001) is None
-    t1[16, 1, 0] = 1
-    assert not_skull_stripped(t1, 0.001) == "T1 is above 0 on 10% of the faces of its volume"
-
-
-def test_warning_of_missing_t2():
-    t1 = np.zeros((10, 10, 20))
-    t1[..., :10] = 1
-    t2 = t1 * 7
-    t2[0, :10, 0] = 0
-    assert t2_missing(t1, t2) is None
-    t2[1, 0, 0] = 0
-    assert t2_missing(t1, t2) == "T2 isn't above 0 in 1% of the brain"
-
-
-@pytest.mark.parametrize("width", [40, 41])
-def test_warning_of_asymmetry(width):
-    prediction = np.zeros((60, 10, 10), np.uint8)
-    prediction[5 : 5 + width] = 2
-    prediction[5 : 5 + width, 4:6] = 3
-    assert left_right_asymmetry(prediction) is None
-    prediction[5:10, 4:6] = 1  # X runs to the right; a quarter less of WM on one side is still even enough
-    assert left_right_asymmetry(prediction) == "100% of CSF is on the left"
-    prediction[5:15, 4:6] = 1
-    assert left_right_asymmetry(prediction) == "100% of CSF is on the left; 67% of WM is on the right"
-    assert left_right_asymmetry(prediction[::-1]) == "100% of CSF is on the right; 67% of WM is on the left"
-    assert left_right_asymmetry(np.zeros((4, 4, 4), np.uint8)) is None
-
-
 def test_a_phantom_that_was_segmented_well_is_warned_of_for_its_size_alone(brains):
     """It is shrunk to a fifteenth of its volume."""
     part = subject_part(subject(brains[0]))
     assert set(part.warnings) == {"volume out of range", "few foreground voxels"}
-
-
-def test_the_page_on_warnings_states_the_thresholds():
-    page = " ".join((ROOT / "docs" / "reading_the_report.md").read_text().split())
-    for stated in (
-        f"more than {html_report.DEVIATIONS} standard deviations",
-        f"less than {SMALLEST_BRAIN:.0f} ml",
-        f"more than {html_report.LARGEST_BACKGROUND:.0%} of where".replace("%", " %"),
-        f"more than {LARGEST_BRAIN:,.0f} ml",
-        "more than a tenth of the faces",
-        f"more than {html_report.LARGEST_WITHOUT_T2:.0%} of where".replace("%", " %"),
-        f"more than {50 * (1 + html_report.LARGEST_ASYMMETRY):g} % of a tissue",
-        f"at most {MOST_VIEWERS} subjects",
-        ", ".join(f"{t.name} {mean} ± {deviation}" for t, (mean, deviation) in SIX_MONTHS.items()) + " ml",
-    ):
-        assert stated in page, stated
-    assert html_report.LARGEST_SHARE_OF_FACES == 0.1
-
-
-# pictures
-
-
-def unfolded(content: bytes, shape: tuple[int, ...]) -> np.ndarray:
-    """The volume from the picture that the viewer gets, by another way than the one it was made."""
-    grey, (width, depth, height) = picture(content)[..., 0], shape
-    columns = int(np.ceil(np.sqrt(height * depth / width)))
-    tiles = [divmod(z, columns) for z in range(height)]
-    slices = [grey[r * depth : (r + 1) * depth, c * width : (c + 1) * width][::-1].T for r, c in tiles]
-    return np.stack(slices, axis=-1)
-
-
-@pytest.mark.parametrize("shape", [(3, 4, 5), (1, 1, 1), (40, 3, 2), (2, 3, 70)])
-def test_slices_side_by_side(shape):
-    values = np.random.default_rng(0).integers(0, 255, shape).astype(np.uint8)
-    content = io.BytesIO()
-    Image.fromarray(side_by_side(values)).save(content, "PNG")
-    np.testing.assert_array_equal(unfolded(content.getvalue(), shape), values)
-
-
-def test_labels_are_shown_voxel_by_voxel_with_x_to_the_right(brains):
-    item = subject(brains[0], labeled=True)
-    pictures = draw(item["t1"], item["t2"], item["pred"], item["label"])
-    box = brain_box(brains[0]["T1"])
-    expected = [np.pad(volume_[0].numpy()[box][::-1], 1) for volume_ in (item["pred"], item["label"])]
-    assert pictures.shape == expected[0].shape
-    shown = unfolded(pictures.layers["labels"], pictures.shape)
-    np.testing.assert_array_equal(shown, LABEL_STEP * (expected[0] + 4 * expected[1]))
-    assert set(pictures.layers) == {"t1", "t2", "labels"}
-    grey = unfolded(pictures.layers["t1"], pictures.shape)
-    assert np.corrcoef(grey.ravel(), np.pad(brains[0]["T1"][box][::-1], 1).ravel())[0, 1] > 0.9
-
-
-def test_same_pictures_whatever_the_order_of_the_axes_on_disk(brains):
-    item = subject(brains[0], labeled=True, uncertain=True)
-    names = ("t1", "t2", "pred", "label", "uncertainty")
-    turned = {
-        name: MetaTensor(
-            torch.flip(item[name].as_tensor().permute(0, 3, 2, 1), dims=[2]),
-            affine=torch.tensor([[0, 0, -1, 0], [0, -1, 0, 71], [1, 0, 0, 0], [0, 0, 0, 1]], dtype=torch.float64),
-        )
-        for name in names
-    }
-    assert draw(*(turned[name] for name in names)) == draw(*(item[name] for name in names))
-
-
-def test_voxels_that_are_not_cubes_are_shown_in_true_proportion():
-    t1 = np.zeros((12, 12, 12), np.float32)
-    t1[1:-1, 1:-1, 1:-1] = np.random.default_rng(0).uniform(1, 9, (10, 10, 10))
-    prediction = np.zeros((12, 12, 12), np.uint8)
-    prediction[1:-1, 1:-1, 1:6], prediction[1:-1, 1:-1, 6:-1] = 1, 2
-    affine = torch.diag(torch.tensor([1.0, 0.5, 3, 1], dtype=torch.float64))
-    pictures = draw(*(volume(v, affine) for v in (t1, t1, prediction)))
-    assert (pictures.shape, pictures.voxel) == ((12, 7, 32), 1)
-    shown = unfolded(pictures.layers["labels"], pictures.shape)[5, 3] // LABEL_STEP
-    assert shown.tolist() == [0, *[1] * 15, *[2] * 15, 0]
-    huge = torch.diag(torch.tensor([1e5, 1, 1, 1], dtype=torch.float64))
-    assert max(draw(*(volume(v, huge) for v in (t1, t1, prediction))).shape) <= html_report.LONGEST_SIDE + 2
-
-
-def test_static_picture_has_a_row_for_each_thing_that_is_there(brains):
-    plain, whole = (
-        draw(*(item.get(name) for name in ("t1", "t2", "pred", "label", "uncertainty")))
-        for item in (subject(brains[0]), subject(brains[0], labeled=True, uncertain=True))
-    )
-    rows = [picture(pictures.static) for pictures in (plain, whole)]
-    assert rows[1].shape[0] == 2 * rows[0].shape[0]
-    assert rows[0].std() > 20
-    assert whole.layers["uncertainty"] != b""
 
 
 # the page
@@ -301,8 +101,11 @@ def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
     (policy,) = [a["content"] for tag, a in elements.tags if tag == "meta" and "http-equiv" in a]
     script = page.rsplit("<script>", 1)[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    assert policy == (f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'")
-    assert script == (ROOT / "scripts" / "report_viewer.js").read_text()
+    assert policy == (
+        f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
+        f"base-uri 'none'; form-action 'none'"
+    )
+    assert script == (ROOT / "scripts" / "report_viewer.js").read_text(encoding="utf-8")
 
 
 def test_warnings_stand_at_the_top_and_beside_the_subject():
@@ -330,38 +133,8 @@ def test_provenance_is_told():
     assert "Research use only" in text
 
 
-# learning curves
-
-
-def write_log(folder: Path, epochs: range, loss: int) -> None:
-    """A log whose name says that it was begun at second `loss`."""
-    with SummaryWriter(str(folder / "writing")) as writer:
-        for epoch in epochs:
-            writer.add_scalar("train_loss", loss, epoch)
-            writer.add_scalar("train_step_loss", 9, epoch)
-        writer.add_scalar("val_mean_dice", 0.5, epochs[-1])
-    (log,) = (folder / "writing").iterdir()
-    log.rename(folder / f"events.out.tfevents.{loss}.host")
-
-
-def test_history_of_a_training_that_was_gone_on_with_and_of_one_that_began_anew(tmp_path):
-    assert training_history(tmp_path) == {}
-    write_log(tmp_path, range(1, 5), 1)
-    write_log(tmp_path, range(3, 7), 2)  # stopped within epoch 3
-    history = training_history(tmp_path)
-    assert history["train_loss"] == {1: 1, 2: 1, 3: 2, 4: 2, 5: 2, 6: 2}
-    assert list(history["val_mean_dice"]) == [6]
-    assert set(history) == {"train_loss", "val_mean_dice"}
-    write_log(tmp_path, range(1, 3), 3)
-    assert training_history(tmp_path)["train_loss"] == {1: 3, 2: 3}
-
-
-def test_curves_are_drawn_where_there_is_a_log():
-    history = {"train_loss": {1: 0.9, 2: 0.5}, **{tag: {2: 0.8} for tag in html_report.VALIDATION_DICE}}
-    loss, dice = html_report.learning_curves(history).axes
-    assert loss.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.5]]
-    assert [line.get_label() for line in dice.lines] == ["mean", "CSF", "GM", "WM"]
-    assert dice.lines[0].get_xydata().tolist() == [[2, 80]]
+def test_curves_are_in_the_page_where_there_is_a_log():
+    history = {"train_loss": {1: 0.9, 2: 0.5}}
     assert 'alt="Training"' in render([a_part("1")], PROVENANCE, {}, history)
     assert 'alt="Training"' not in render([a_part("1")], PROVENANCE, {}, {})
 
@@ -369,20 +142,34 @@ def test_curves_are_drawn_where_there_is_a_log():
 # the handler
 
 
-def report_of(items: list[Any], output: Path, scored: bool = False) -> str:
+@cache
+def included_network() -> SkipDenseSeg:
+    network = SkipDenseSeg()
+    load_weights(network, str(WEIGHTS))
+    return network
+
+
+def report_of(
+    items: list[Any],
+    output: Path,
+    scored: bool = False,
+    network: SkipDenseSeg | None = None,
+    **settings: Any,
+) -> str:
     """The page that the handler writes, of an engine that hands it these subjects."""
     engine = Engine(lambda engine, batch: None)
     engine.state.device = torch.device("cpu")
+    engine.network = network or included_network()
 
     @engine.on(Events.ITERATION_COMPLETED)
     def hand_over() -> None:
         item = items[engine.state.iteration - 1]
         engine.state.batch, engine.state.output = [item], [{}]
 
-    settings = {"checkpoints": str(ROOT / "models" / "model.pt"), "precision": "fp32", "dataset_dir": "the/data"}
+    settings = {"checkpoints": str(WEIGHTS), "precision": "fp32", "dataset_dir": "the/data"} | settings
     ReportSaver(str(output), settings, str(output / "metrics.csv") if scored else None).attach(engine)
     engine.run(range(len(items)))
-    return (output / "report.html").read_text()
+    return (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brains, tmp_path, capsys):
@@ -397,11 +184,46 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
     assert told.startswith(f"report: {tmp_path / 'report.html'}; warnings: {kinds}")
     assert "\n" not in told
     text = Elements(page).text
-    digest = hashlib.sha256((ROOT / "models" / "model.pt").read_bytes()).hexdigest()
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     version = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]
     for stated in (digest, f"version {version}", "the/data", "float32", "subject-2-label.hdr", "Research use only"):
         assert stated in text, stated
     assert text.count("83.00") == 4  # mean Dice of both, in the table of all and in their own
+
+
+def test_a_path_that_is_not_utf_8_does_not_end_the_run(brains, monkeypatch, tmp_path):
+    given = [os.fsdecode(b"d\xe9j\xe0 vu"), "日本"]
+    monkeypatch.setattr(html_report.sys, "orig_argv", ["python", "--dataset_dir", *given])
+    text = Elements(report_of([subject(brains[0], "1")], tmp_path)).text
+    assert r"'d\udce9j\udce0 vu' '日本'" in text
+
+
+def test_credentials_in_urls_are_left_out(brains, monkeypatch, tmp_path):
+    urls = ["http://me:secret@host:5000/a", "http://me:s/e@c'ret@host/b", "https://secret@host/c"]
+    kept = "s3://bucket/b@c"
+    command = ["python", "run", "--tracking_uri", urls[0], f"--other={urls[1]}", "--output_dir", kept]
+    monkeypatch.setattr(html_report.sys, "orig_argv", command)
+    page = report_of([subject(brains[0], "1")], tmp_path, dataset_dir=urls[2], both=urls[:2], **{"else": kept})
+    assert not re.search("secret|c'ret|c&#39;ret|//me", page)
+    text = Elements(page).text
+    assert "--tracking_uri http://host:5000/a --other=http://host/b" in text
+    assert "https://host/c" in text
+    assert text.count(kept) == 2
+
+
+def test_weights_that_are_not_those_of_the_checkpoint_are_not_told_as_such(brains, tmp_path):
+    """As of a federated client that was sent them, with a checkpoint on disk and without."""
+    digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
+    items = [subject(brains[0], "1")]
+    for name, changes in (
+        ("others", {"network": SkipDenseSeg()}),
+        ("none", {"checkpoints": str(tmp_path / "model.pt")}),
+        ("one of two", {"checkpoints": [str(WEIGHTS), str(tmp_path / "model.pt")]}),
+    ):
+        text = Elements(report_of(items, tmp_path / name, **changes)).text
+        assert text.count("weights were given by the calling program") == 1, name
+        assert (digest in text) == (name == "one of two"), name
+    assert "given by the calling program" not in report_of(items, tmp_path / "same")
 
 
 def test_no_more_viewers_than_a_browser_bears(brains, monkeypatch, tmp_path):
@@ -428,7 +250,7 @@ def test_another_rank_writes_nothing(brains, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_three_seconds_each():
+def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_ten_seconds_each():
     rng = np.random.default_rng(3)
     label = label_map(rng)
     brain = {
@@ -442,7 +264,7 @@ def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_three_secon
     before = os.times()
     part = subject_part(item)
     after = os.times()
-    assert sum(after[:2]) - sum(before[:2]) < 3
+    assert sum(after[:2]) - sum(before[:2]) < 10  # of a CPU; 1 to 2 are usual
     assert not part.warnings
     parts = [SimpleNamespace(**{**vars(part), "subject": str(n)}) for n in range(13)]
     page = render(parts, PROVENANCE, {part.subject: scores_of(0.8) for part in parts}, {})
@@ -598,6 +420,38 @@ def test_a_viewer_out_of_sight_is_loaded_when_it_comes_into_it(page):
 
 
 @slow_in_browser
+def test_a_viewer_that_goes_out_of_sight_while_it_loads_stays_unloaded(page):
+    layers = """async leave => {
+        const viewer = [...viewers.values()].at(-1);
+        const loading = viewer.load();
+        if (leave) viewer.unload();
+        await loading;
+        return viewer.layers && Object.keys(viewer.layers);
+    }"""
+    assert page.evaluate(layers, True) is None
+    assert page.evaluate(layers, False) == ["t1", "t2", "labels", "uncertainty"]
+
+
+@slow_in_browser
+def test_uncertainty_is_shown_where_the_segmentation_is_background(browser, brains, tmp_path):
+    item = subject(brains[0], uncertain=True)
+    missed = item["pred"][:, :, 30:34]
+    missed[:] = 0
+    report_of([item], tmp_path)
+    page = browser.new_page()
+    page.goto((tmp_path / "report.html").as_uri())
+    page.locator(".viewer").scroll_into_view_if_needed()
+    page.wait_for_selector(".viewer.loaded")
+    slider = page.locator("input[type=range]").nth(1)
+    slider.evaluate("slider => { slider.value = 25; slider.dispatchEvent(new Event('input')); }")
+    page.locator("input[name=uncertainty]").check()
+    image = pixels(page, canvas(1, "t1")).astype(int)
+    colorful = (np.ptp(image, axis=-1) > 50).mean()
+    page.close()
+    assert colorful > 0.2
+
+
+@slow_in_browser
 def test_hostile_names_are_shown_as_they_are(page):
     assert page.locator("h2").nth(1).inner_text() == f"Subject 0 {HOSTILE}"
 
@@ -614,9 +468,8 @@ def test_print_has_a_static_picture_of_each_subject(page):
     page.emulate_media(media="print")
     assert page.locator("img.static:visible").count() == 3
     assert not page.locator("canvas:visible").count()
-    printed = page.pdf()
-    # the first and the last subject have the same; box plots and curves are drawn, not images
-    assert printed.count(b"/Subtype /Image") == 2
+    assert page.locator("img.plot:visible").count() == 3
+    assert page.locator("img:visible").count() == 6
 
 
 @slow_in_browser
