@@ -56,6 +56,10 @@ COMMON_SHARE = 0.7
 T1_CONTRAST = Contrast(0.70, 0.36, csf_sign=-1, wm_sign=1, gm_mean=235, standard_deviation=26)
 T2_CONTRAST = Contrast(0.87, 0.36, csf_sign=1, wm_sign=-1, gm_mean=303, standard_deviation=34)
 
+# those on real folds, where more of the spread is that of regions, as in scans
+SHARES = {"noise_share": 0.30, "texture_share": 0.10, "regional_share": 0.60}
+NOMINAL_T1, NOMINAL_T2 = replace(T1_CONTRAST, **SHARES), replace(T2_CONTRAST, **SHARES)
+
 
 def histogram_overlap(first: np.ndarray, second: np.ndarray, bins: int = 100) -> float:
     """Share that the histograms of two samples have in common: 1 where they are alike, 0 where they never meet.
@@ -207,9 +211,8 @@ def nominal(label: np.ndarray, rng: np.random.Generator) -> Appearance:
     position = (_position(label.shape) - middle[:, None, None, None]) / half[:, None, None, None]
     outward = np.sqrt(np.sum(position**2, axis=0))
     myelination = 1 + 0.6 * (1 - 2 * np.clip(outward, 0, 1)) + 0.15 * smooth_noise(rng, label.shape, 15.0)
-    shares = {"noise_share": 0.30, "texture_share": 0.10, "regional_share": 0.60}
     myelination /= myelination[label == Tissue.WM].mean()
-    return Appearance(replace(T1_CONTRAST, **shares), replace(T2_CONTRAST, **shares), myelination, fit=True)
+    return Appearance(NOMINAL_T1, NOMINAL_T2, myelination, fit=True)
 
 
 def varied(label: np.ndarray, rng: np.random.Generator) -> Appearance:
@@ -264,9 +267,7 @@ def patchwork(label: np.ndarray, rng: np.random.Generator) -> Appearance:
     number[tuple(seeds.T)] = range(regions)
     strength = rng.uniform(0.5, 1.5, regions).astype(np.float32)
     strength[: regions // 3] *= -1
-    usual = nominal(label, rng)
-    myelination = gaussian_filter(strength[number[tuple(nearest)]], 2.0)
-    return Appearance(usual.t1, usual.t2, myelination)
+    return Appearance(NOMINAL_T1, NOMINAL_T2, gaussian_filter(strength[number[tuple(nearest)]], 2.0))
 
 
 def six_month_subject(label: np.ndarray, appearance: Appearance, rng: np.random.Generator) -> dict[str, np.ndarray]:
