@@ -101,7 +101,16 @@ def test_arrays_on_another_grid_come_back_on_it(segmenter, segmented, arrays):
     np.testing.assert_allclose(finer.probabilities.sum(0), 1, atol=1e-6)
     np.testing.assert_array_equal(finer.probabilities.argmax(0), finer.label)
     brain = segmented.label > 0
-    assert (finer.label[..., ::2] == segmented.label)[brain].mean() > 0.85
+    sure = brain & (segmented.probabilities.max(0) > 0.9)
+
+    def agreement(where: np.ndarray, shift: int = 0, axis: int = 0) -> float:
+        return (np.roll(finer.label[..., ::2], shift, axis) == segmented.label)[where].mean()
+
+    assert sure.sum() > brain.sum() / 3
+    assert agreement(sure) > 0.95
+    # and nowhere else do the two agree as well
+    shifted = [agreement(brain, shift, axis) for shift in (-1, 1) for axis in range(3)]
+    assert agreement(brain) > max(shifted) + 0.05
     assert finer.volumes["brain_ml"] == pytest.approx(segmented.volumes["brain_ml"], rel=0.05)
 
 
