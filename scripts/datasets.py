@@ -71,8 +71,17 @@ def cached_dataset(
     return PersistentDataset(data, transform, cache_dir=folder)
 
 
+def _compute_on_one_core() -> None:
+    """Keep the present thread to one core; the caller has to set the number again that the others shall have."""
+    torch.set_num_threads(1)
+    torch.get_num_threads()  # a thread takes the number when it first asks for it, and keeps it
+
+
 class ReadAheadDataLoader(DataLoader):
     """MONAI's DataLoader, but the next batch is made in a thread while the present one is in use.
+
+    That thread computes on one core: with threads of its own for a computation there would be more of them than cores,
+    and then OpenMP lets all of them sleep at each step of the network, which takes a quarter longer.
 
     MONAI's ThreadDataLoader does so too, but an error in its thread only ends the iteration, and the subjects from
     there on would be missing without a word. Here it is raised where it would be without a thread.
@@ -80,7 +89,10 @@ class ReadAheadDataLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
+        cores = torch.get_num_threads()
         with ThreadPoolExecutor(max_workers=1) as reader:
+            reader.submit(_compute_on_one_core).result()
+            torch.set_num_threads(cores)
             ahead = reader.submit(next, batches, None)
             while (batch := ahead.result()) is not None:
                 ahead = reader.submit(next, batches, None)

@@ -47,6 +47,22 @@ def test_next_batch_is_made_while_this_one_is_in_use():
     assert threading.main_thread() not in reader.threads
 
 
+def test_only_the_reader_computes_on_one_core():
+    class CoresTransform(Transform):
+        def __call__(self, number):
+            return torch.rand(2**20).exp().sum() * 0 + torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        for cores in ReadAheadDataLoader(Dataset(range(3), CoresTransform()), batch_size=1):
+            assert cores.item() == 1
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_all_batches_in_order_and_again():
     loader = ReadAheadDataLoader(Dataset(range(5), Reader()), batch_size=1)
     assert numbers(loader) == numbers(loader) == [0, 1, 2, 3, 4]
