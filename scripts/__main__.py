@@ -6,6 +6,7 @@ import sys
 import fire
 
 from scripts.bench import bench
+from scripts.compare_recipes import compare_recipes
 from scripts.cross_validation import cross_validate, gather_folds
 from scripts.errors import InputError, show_input_errors_in_one_line
 from scripts.hdf5 import prepare_hdf5
@@ -27,6 +28,7 @@ COMMANDS = {
     "submission": submission,
     "package": package,
     "robustness": robustness,
+    "compare_recipes": compare_recipes,
     "bench": bench,
 }
 

@@ -11,10 +11,9 @@ from monai.data import MetaTensor
 from monai.metrics import compute_dice
 from monai.networks import one_hot
 from monai.transforms import Rotate, Spacing
-from monai.utils import ensure_tuple
 from tqdm import tqdm
 
-from scripts.errors import InputError, require_whole_numbers
+from scripts.errors import require_whole_numbers
 from scripts.metrics import TISSUES
 from scripts.phantom import label_map
 from scripts.segment import Segmenter
@@ -117,18 +116,11 @@ def robustness(
         settings: those of `scripts.segment.Segmenter`: `checkpoints`, `flips` and so on.
 
     Raises:
-        InputError: a name has no label map, or as `find_label_maps`, `read_label_map` and `Segmenter`.
+        InputError: as `find_label_maps`, `read_label_map` and `Segmenter`.
     """
     require_whole_numbers(0, seed=seed)
     segmenter = Segmenter(**settings)
-    brains = [read_label_map(path) for path in find_label_maps(labels_dir)]
-    there = [brain.name for brain in brains]
-    wanted = there if names is None else [str(name) for name in ensure_tuple(names)]
-    if missing := set(wanted) - set(there):
-        raise InputError(
-            f"--names {', '.join(sorted(missing))}: no such label map in {labels_dir}; it has {', '.join(there)}"
-        )
-    brains = [brain for brain in brains if brain.name in wanted]
+    brains = [read_label_map(path) for path in find_label_maps(labels_dir, names)]
     trials = [(title, brain.name) for title in CONDITIONS for brain in brains] + [("procedural phantom", "phantom")]
     by_name = {brain.name: brain for brain in brains}
     rows: list[dict[str, Any]] = []

@@ -1,11 +1,13 @@
 """`python -m scripts synthesize`: subjects with T1, T2 and label, made from tissue label maps of real brains."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from monai.utils import ensure_tuple
 from tqdm import tqdm
 
 from scripts.errors import InputError, require_whole_numbers
@@ -58,17 +60,27 @@ def _name(path: Path) -> str:
     return path.name.removesuffix(next(suffix for suffix in SUFFIXES if path.name.endswith(suffix)))
 
 
-def find_label_maps(labels_dir: str) -> list[Path]:
+def find_label_maps(labels_dir: str, names: str | Sequence[str] | None = None) -> list[Path]:
     """The label maps in a folder, by name.
 
+    Args:
+        labels_dir: the folder.
+        names: of those to take, without suffix; all of them if not given.
+
     Raises:
-        InputError: there is none, or two have one name.
+        InputError: there is none, or two have one name, or one of the names has none.
     """
     paths = sorted(path for path in Path(labels_dir).glob("*") if path.name.endswith(SUFFIXES) and path.name[0] != ".")
     if not paths:
         raise InputError(f"{labels_dir}: has no label map ({', '.join(SUFFIXES)}); name the folder that holds them")
-    _require_different(paths, [_name(path) for path in paths])
-    return paths
+    there = [_name(path) for path in paths]
+    _require_different(paths, there)
+    if names is None:
+        return paths
+    wanted = [str(name) for name in ensure_tuple(names)]
+    if missing := sorted(set(wanted) - set(there)):
+        raise InputError(f"--names {', '.join(missing)}: no such label map in {labels_dir}; it has {', '.join(there)}")
+    return [path for path, name in zip(paths, there, strict=True) if name in wanted]
 
 
 def _require_different(paths: list[Path], names: list[str]) -> None:
@@ -78,7 +90,14 @@ def _require_different(paths: list[Path], names: list[str]) -> None:
             raise InputError(f"{path}: another label map would be called {name} too; rename one")
 
 
-def synthesize(labels_dir: str, output_dir: str, contrast: str = "nominal", draws: int = 1, seed: int = 0) -> None:
+def synthesize(
+    labels_dir: str,
+    output_dir: str,
+    contrast: str = "nominal",
+    draws: int = 1,
+    seed: int = 0,
+    names: str | Sequence[str] | None = None,
+) -> None:
     """Write a subject, T1, T2 and label, for each label map: 6-month contrast on the shape of that brain.
 
     A subject depends on the seed, its own name and draw only, and is called as the label map, with `-2` and so on added
@@ -91,16 +110,17 @@ def synthesize(labels_dir: str, output_dir: str, contrast: str = "nominal", draw
         contrast: 'nominal', 'varied' or 'patchwork', see `scripts.synthesis`.
         draws: subjects that are made of each label map.
         seed: for other images.
+        names: of the label maps to take, without suffix; all of them if not given.
 
     Raises:
-        InputError: a setting can't be, there is no label map, as `read_label_map`, or a file of that name is there that
+        InputError: a setting can't be, as `find_label_maps` and `read_label_map`, or a file of that name is there that
             isn't the same subject.
     """
     require_whole_numbers(1, draws=draws)
     require_whole_numbers(0, seed=seed)
     if contrast not in APPEARANCES:
         raise InputError(f"--contrast {contrast}: must be {', '.join(APPEARANCES)}")
-    wanted = [(path, draw) for path in find_label_maps(labels_dir) for draw in range(draws)]
+    wanted = [(path, draw) for path in find_label_maps(labels_dir, names) for draw in range(draws)]
     subjects = [_name(path) + (f"-{draw + 1}" if draw else "") for path, draw in wanted]
     _require_different([path for path, _ in wanted], subjects)
     rows = []

@@ -27,7 +27,8 @@ matplotlib.use("Agg")
 
 ROOT = Path(__file__).parents[1]
 # a training of seconds on the small dataset
-QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--patch_size", "[32,32,32]"]
+QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--batch_size", "1"]
+QUICK += ["--patch_size", "[32,32,32]"]
 
 
 def bundle(*arguments: str, cwd: Path = ROOT, module: str = "monai.bundle") -> subprocess.CompletedProcess:

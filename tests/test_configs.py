@@ -150,7 +150,8 @@ def test_schedule_is_that_of_the_epochs_that_are_trained(dataset):
     parser = ConfigParser()
     parser.read_config(CONFIGS / "train.json")
     parser.update({"dataset_dir": str(dataset), "bundle_root": str(ROOT), "train#trainer#max_epochs": 3})
-    steps = 3 * load("train")["crops_per_epoch"]
+    train = load("train")
+    steps = 3 * train["crops_per_epoch"] / train["batch_size"]
     assert parser.get_parsed_content("lr_scheduler").total_steps == steps
 
 

@@ -113,7 +113,8 @@ def test_recipe_over_evaluate_is_refused(dataset, tmp_path):
 
 def test_both_recipes_validate_alike():
     recipes = [json.loads((CONFIGS / "recipes" / f"{name}.json").read_text()) for name in RECIPES]
-    for name in ("centre_crop", "crops_per_epoch", "epochs", "learning_rate", "foreground_margin", "val_interval"):
+    alike = ("centre_crop", "crops_per_epoch", "epochs", "learning_rate", "foreground_margin", "val_interval")
+    for name in (*alike, "patch_size", "loss", "train#random_transforms"):
         assert recipes[0][name] == recipes[1][name], name
     names = [{name for name in recipe if name.startswith("validate")} for recipe in recipes]
     assert names[0] == names[1]

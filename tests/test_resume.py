@@ -16,6 +16,7 @@ from monai.bundle import ConfigWorkflow
 from scripts.errors import InputError
 
 SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2, "patch_size": [32, 32, 32]}
+SETTINGS["batch_size"] = 1
 SETTINGS["synthetic_share"] = 0.5  # some patches are drawn, some are cut from the scan
 # runs the bundle's command line, but ends the process without warning: while the state after epoch 2 is written, or
 # in the midst of epoch 3
@@ -164,7 +165,7 @@ def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterr
         ({"epochs": 5}, "its training began with epochs 3, not 5"),
         ({"crops_per_epoch": 4}, "its training began with steps per epoch 2, not 4"),
         ({"optimizer#_target_": "torch.optim.Adam"}, "its training began with optimizer AdamW, not Adam"),
-        ({"learning_rate": 0.1}, "its training began with learning_rate 0.001, not 0.1"),
+        ({"learning_rate": 0.1}, "its training began with learning_rate 0.003, not 0.1"),
         ({"network_def#growth_rate": 8}, "a checkpoint of another network"),
     ],
 )
@@ -177,6 +178,17 @@ def test_state_of_another_training(dataset, tmp_path, uninterrupted, settings, m
     assert message in str(caught.value.__cause__)
     assert (tmp_path / "last.pt").read_bytes() == state
     assert not (tmp_path / "model.pt").exists()
+
+
+def test_state_of_a_version_that_did_not_have_a_setting(dataset, tmp_path, uninterrupted):
+    state = torch.load(uninterrupted[0] / "last.pt", weights_only=True)
+    del state["settings"]["synthetic_share"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(RuntimeError) as caught:
+        train(dataset, tmp_path, resume=True)
+    assert "last.pt: doesn't tell the synthetic_share of its training, so another version" in str(
+        caught.value.__cause__
+    )
 
 
 def test_damaged_state(dataset, tmp_path, uninterrupted):

@@ -85,6 +85,13 @@ def test_label_map_that_changed_is_not_taken_for_the_one_before(labels, made, tm
         synthesize(str(tmp_path), str(directory))
 
 
+def test_only_the_label_maps_that_are_named(labels, tmp_path):
+    synthesize(str(labels), str(tmp_path / "o"), names="B")
+    assert [subject["subject"] for subject in find_subjects(str(tmp_path / "o"))] == ["B"]
+    with pytest.raises(InputError, match=r"--names C: no such label map in .*; it has A, B"):
+        synthesize(str(labels), str(tmp_path / "o"), names=["A", "C"])
+
+
 @pytest.mark.parametrize(("other", "draws"), [("A.nii", 1), ("A-2.nii.gz", 2)])
 def test_two_label_maps_of_one_name(labels, tmp_path, other, draws):
     for name in ("A.nii.gz", other):
