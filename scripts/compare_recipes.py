@@ -1,17 +1,17 @@
 """`python -m scripts compare_recipes`: what scores best after the same minutes of training on the same subjects."""
 
-import gc
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ignite.engine import Engine, Events
+from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.utils import ensure_tuple
 
@@ -39,21 +39,22 @@ def compare_recipes(
 ) -> None:
     """Train each recipe of configs/comparison.json from scratch for the same minutes, and score it.
 
-    The median step is timed beforehand and the training given as many steps as fit, so that a schedule ends with it
-    and what disturbs the machine on the way costs time but no steps. Reading the subjects and scoring don't count.
-    Trainings run one after the other, those of one seed first; run again it keeps those that are finished.
+    A step of each recipe is timed first, and its trainings get as many as fit, so that a schedule ends with the
+    training and what disturbs the machine on the way costs time but no steps. Reading the subjects and scoring don't
+    count. Trainings run one after the other, those of one seed first; run again it keeps what is finished.
 
     Args:
         dataset_dir: the folder of subjects.
         val_subjects: who scores; nothing is chosen by them within a training. All other labelled ones train.
-        output_dir: takes a folder for each training, comparison.csv with Dice of each, and comparison.md, the table.
+        output_dir: takes a folder for each training, comparison.csv with Dice of each, comparison.md, the table, and
+            steps.json, what was timed.
         minutes: of training.
         seeds: trainings of each recipe, with seeds 0, 1, ...
         names: of the recipes to compare; all of them if not given.
         settings: any setting of configs/train.json, for all recipes.
 
     Raises:
-        InputError: a setting can't be, or a training or its scoring fails.
+        InputError: a setting can't be, OUTPUT_DIR has a comparison with others, or a training or its scoring fails.
     """
     require_whole_numbers(1, seeds=seeds)
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0:
@@ -64,20 +65,22 @@ def compare_recipes(
         if name not in recipes:
             hint = nearest(name, recipes) or ", ".join(recipes)
             raise InputError(f"--names {name}: no such recipe in {RECIPES.name}; did you mean {hint}?")
-    of_all = {"dataset_dir": str(Path(dataset_dir).resolve()), "val_subjects": ensure_tuple(val_subjects), **settings}
-    steps: dict[str, dict[str, Any]] = {}
+    of_all = {
+        "dataset_dir": str(Path(dataset_dir).resolve()),
+        "val_subjects": [*ensure_tuple(val_subjects)],
+        **settings,
+    }
+    steps = _timed(Path(output_dir), {name: recipes[name] for name in chosen}, of_all, minutes)
     rows: list[dict[str, Any]] = []
     for seed in range(seeds):
         for name in chosen:
             directory = Path(output_dir).resolve() / name.replace(" ", "-") / f"seed-{seed}"
-            plan = of_all | {"seed": seed, "output_dir": str(directory), "ckpt_dir": str(directory)}
             if not (directory / "metrics.csv").is_file():
-                if name not in steps:
-                    print(f"{name}: timing a step", flush=True)
-                    steps[name] = _steps(recipes[name], plan, 60 * minutes)
                 print(f"{name}, seed {seed}: {steps[name]['steps']} steps", flush=True)
-                _train_and_score(recipes[name], plan | steps[name]["settings"], directory, steps[name])
-            rows.append({"recipe": name, "seed": seed} | _result(directory))
+                # the last epoch is validated, whatever the interval
+                one_epoch = {"epochs": 1, "val_interval": 1, "crops_per_epoch": steps[name]["patches"]}
+                _train_and_score(recipes[name], of_all | one_epoch | {"seed": seed}, directory)
+            rows.append({"recipe": name, "seed": seed} | steps[name] | _mean_dice(directory))
             write_csv(Path(output_dir) / "comparison.csv", rows)
     table = markdown_table(_summary(rows))
     with whole_files(output_dir) as temporary:
@@ -95,39 +98,52 @@ def _overrides(recipe: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name != "overlays"}
 
 
-def _steps(recipe: Mapping[str, Any], plan: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    """How many training steps fit into some seconds, and the settings that make one epoch of them."""
-    settings = {**_overrides(recipe), **plan, "epochs": 1, "train#trainer#train_handlers": []}
+def _timed(
+    output_dir: Path, recipes: Mapping[str, Mapping[str, Any]], of_all: Mapping[str, Any], minutes: float
+) -> dict[str, dict[str, Any]]:
+    """Seconds a step, steps and patches of each recipe: from steps.json, or timed and noted there.
+
+    Raises:
+        InputError: steps.json is of a comparison with other settings or minutes.
+    """
+    path = output_dir / "steps.json"
+    now = json.loads(json.dumps({"minutes": minutes, "settings": of_all}))
+    noted = json.loads(path.read_text()) if path.is_file() else now | {"recipes": {}}
+    if any(noted[name] != value for name, value in now.items()):
+        raise InputError(f"{path}: is of a comparison with other settings; choose another --output_dir")
+    for name in recipes:
+        if name not in noted["recipes"]:
+            print(f"{name}: timing a step", flush=True)
+            with tempfile.TemporaryDirectory() as unused:
+                step, batch_size = _seconds_a_step(recipes[name], of_all, unused)
+            steps = max(1, round(60 * minutes / step))
+            noted["recipes"][name] = {"seconds a step": round(step, 3), "steps": steps, "patches": steps * batch_size}
+            with whole_files(output_dir) as temporary:
+                (temporary / path.name).write_text(json.dumps(noted, indent=4))
+    return noted["recipes"]
+
+
+def _seconds_a_step(recipe: Mapping[str, Any], of_all: Mapping[str, Any], output_dir: str) -> tuple[float, int]:
+    """Median seconds of a training step, and the patches of one."""
+    settings = {**_overrides(recipe), **of_all, "output_dir": output_dir, "ckpt_dir": output_dir, "epochs": 1}
+    settings["crops_per_epoch"] = f"$@batch_size * {WARMING_UP + TIMED}"
+    settings["train#trainer#train_handlers"] = []
     workflow = ConfigWorkflow(_config_files(recipe), workflow_type="train", bundle_root=str(CONFIGS.parent), **settings)
-    batch_size = workflow.parser.get_parsed_content("batch_size")
-    workflow.parser["crops_per_epoch"] = batch_size * (WARMING_UP + TIMED)
     workflow.initialize()
     trainer = workflow.parser.get_parsed_content("train#trainer")
     times: list[float] = []
-
-    def note(engine: Engine) -> None:
-        times.append(time.perf_counter())
-
-    trainer.add_event_handler(Events.STARTED | Events.ITERATION_COMPLETED, note)
+    trainer.add_event_handler(Events.STARTED | Events.ITERATION_COMPLETED, lambda: times.append(time.perf_counter()))
     trainer.run()
-    step = statistics.median(np.diff(times)[WARMING_UP:])
-    steps = max(1, round(seconds / step))
-    del workflow, trainer
-    gc.collect()
-    # the last epoch is validated, whatever the interval
-    own = {"epochs": 1, "val_interval": 1, "crops_per_epoch": batch_size * steps}
-    return {"seconds a step": round(step, 3), "steps": steps, "settings": own}
+    return statistics.median(np.diff(times)[WARMING_UP:]), workflow.parser.get_parsed_content("batch_size")
 
 
-def _train_and_score(
-    recipe: Mapping[str, Any], settings: Mapping[str, Any], directory: Path, steps: Mapping[str, Any]
-) -> None:
+def _train_and_score(recipe: Mapping[str, Any], settings: Mapping[str, Any], directory: Path) -> None:
     """Run both commands with the recipe and the settings laid over the configs; the training's last network scores."""
+    overlay = {**_overrides(recipe), **settings, "output_dir": str(directory), "ckpt_dir": str(directory)}
+    # a network of MONAI has no stride to hold the patch against
+    overlay["training"] = ["$@train#trainer.run()"]
     with whole_files(directory) as temporary:
-        # a network of MONAI has no stride to hold the patch against
-        overlay = {**_overrides(recipe), **settings, "training": ["$@train#trainer.run()"]}
         (temporary / "overlay.json").write_text(json.dumps(overlay, indent=4))
-        (temporary / "steps.json").write_text(json.dumps(steps))
     for task, last in (("training", ()), ("evaluating", ("evaluate.json",))):
         files = [*_config_files(recipe, *last), str(directory / "overlay.json")]
         command = ["-m", "monai.bundle", "run", task, f"--config_file={files!r}", f"--bundle_root={CONFIGS.parent}"]
@@ -137,11 +153,10 @@ def _train_and_score(
             raise InputError(f"{directory}: {task} ended with status {status}, for the reason told above")
 
 
-def _result(directory: Path) -> dict[str, Any]:
-    """Steps and mean Dice in percent over the subjects of a training that is finished."""
+def _mean_dice(directory: Path) -> dict[str, float]:
+    """Mean Dice in percent over the subjects that a finished training was scored on."""
     scores = read_csv(directory / "metrics.csv")
-    steps = json.loads((directory / "steps.json").read_text())
-    return {name: steps[name] for name in ("seconds a step", "steps")} | {
+    return {
         title: round(100 * float(np.mean([float(row[f"dice_{name}"]) for row in scores])), 2)
         for title, name in COLUMNS.items()
     }

@@ -76,3 +76,5 @@ def test_recipes_train_for_the_time_and_are_scored_by_their_last_network(dataset
     assert again.returncode == 0, again.stderr
     assert "timing a step" not in again.stdout
     assert read_csv(tmp_path / "comparison.csv") == rows
+    with pytest.raises(InputError, match=r"steps.json: is of a comparison with other settings"):
+        compare_recipes(str(dataset), [9], output_dir=str(tmp_path), minutes=1)
