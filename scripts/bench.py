@@ -292,7 +292,7 @@ def feed(device: torch.device, precision: str, dataset_dir: Path) -> list[Row]:
     steps, batch_size = FEED_STEPS, 4
     config = _subject(
         "train.json", device, precision, dataset_dir, val_subjects=[], batch_size=batch_size,
-        crops_per_epoch=steps * batch_size, output_dir=str(dataset_dir.parent),
+        crops_per_epoch=steps * batch_size, patch_size=[PATCH] * 3, output_dir=str(dataset_dir.parent),
     )  # fmt: skip
     loader = config.get_parsed_content("train#dataloader")
     seconds = seconds_of(lambda: [None for _ in loader], device)

@@ -1,41 +1,45 @@
 """`python -m scripts compare_recipes`: what scores best after the same minutes of training on the same subjects."""
 
 import json
+import multiprocessing
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, require_whole_numbers
 from scripts.metrics import TISSUES
-from scripts.workflow import nearest
+from scripts.subjects import Ids, require_subjects, training_subjects, validation_subjects
+from scripts.workflow import nearest, unknown_setting
 from scripts.writers import markdown_table, read_csv, whole_files, write_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = CONFIGS / "comparison.json"
 # steps that are timed, and those before them that aren't
-TIMED, WARMING_UP = 12, 4
-# in percent: Dice of each tissue and their mean
+TIMED, WARMING_UP = 24, 6
 COLUMNS = dict(zip(("CSF", "GM", "WM", "mean"), (*TISSUES, "mean"), strict=True))
+Recipe = Mapping[str, Any]
 
 
 def compare_recipes(
     dataset_dir: str,
-    val_subjects: Sequence[int | str],
+    val_subjects: Ids,
     output_dir: str = "eval/recipes",
     minutes: float = 5,
     seeds: int = 3,
     names: str | Sequence[str] | None = None,
-    **settings: Any,
 ) -> None:
     """Train each recipe of configs/comparison.json from scratch for the same minutes, and score it.
 
@@ -50,98 +54,126 @@ def compare_recipes(
             steps.json, what was timed.
         minutes: of training.
         seeds: trainings of each recipe, with seeds 0, 1, ...
-        names: of the recipes to compare; all of them if not given.
-        settings: any setting of configs/train.json, for all recipes.
+        names: of the recipes to train; all of them if not given. The table has those trained before too.
 
     Raises:
-        InputError: a setting can't be, OUTPUT_DIR has a comparison with others, or a training or its scoring fails.
+        InputError: an option can't be, a recipe has an unknown setting, OUTPUT_DIR has a comparison with other options
+            or recipes, or a training or its scoring fails.
     """
     require_whole_numbers(1, seeds=seeds)
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0:
         raise InputError(f"--minutes {minutes}: must be a number above 0")
+    require_subjects(training_subjects(dataset_dir, val_subjects), dataset_dir, "train")
+    require_subjects(validation_subjects(dataset_dir, val_subjects), dataset_dir, "validate")
+    recipes = _chosen_recipes(names)
+    of_all = {"dataset_dir": str(Path(dataset_dir).resolve()), "val_subjects": [*ensure_tuple(val_subjects)]}
+    output = Path(output_dir).resolve()
+    timed = _timed(output, recipes, of_all, minutes)
+    for seed in range(seeds):
+        for name, recipe in recipes.items():
+            if not _is_finished(directory := _folder(output, name, seed)):
+                print(f"{name}, seed {seed}: {timed[name]['steps']} steps", flush=True)
+                # the last epoch is validated, whatever the interval
+                one_epoch = {"epochs": 1, "val_interval": 1, "crops_per_epoch": timed[name]["patches"]}
+                _train_and_score(recipe, of_all | one_epoch | {"seed": seed}, directory)
+            rows = _rows(output, timed)
+            write_csv(output / "comparison.csv", rows)
+            table = markdown_table(_summary(rows))
+            with whole_files(output) as temporary:
+                (temporary / "comparison.md").write_text(table + "\n")
+    print(f"Dice in percent after {minutes:g} minutes of training:\n{table}")
+    print(f"in {output_dir}: comparison.md, comparison.csv")
+
+
+def _chosen_recipes(names: str | Sequence[str] | None) -> dict[str, Recipe]:
+    """The recipes of these names, all of whose settings train.json and their overlays have."""
     recipes = json.loads(RECIPES.read_text())
     chosen = list(recipes) if names is None else [str(name) for name in ensure_tuple(names)]
     for name in chosen:
         if name not in recipes:
             hint = nearest(name, recipes) or ", ".join(recipes)
-            raise InputError(f"--names {name}: no such recipe in {RECIPES.name}; did you mean {hint}?")
-    of_all = {
-        "dataset_dir": str(Path(dataset_dir).resolve()),
-        "val_subjects": [*ensure_tuple(val_subjects)],
-        **settings,
-    }
-    steps = _timed(Path(output_dir), {name: recipes[name] for name in chosen}, of_all, minutes)
-    rows: list[dict[str, Any]] = []
-    for seed in range(seeds):
-        for name in chosen:
-            directory = Path(output_dir).resolve() / name.replace(" ", "-") / f"seed-{seed}"
-            if not (directory / "metrics.csv").is_file():
-                print(f"{name}, seed {seed}: {steps[name]['steps']} steps", flush=True)
-                # the last epoch is validated, whatever the interval
-                one_epoch = {"epochs": 1, "val_interval": 1, "crops_per_epoch": steps[name]["patches"]}
-                _train_and_score(recipes[name], of_all | one_epoch | {"seed": seed}, directory)
-            rows.append({"recipe": name, "seed": seed} | steps[name] | _mean_dice(directory))
-            write_csv(Path(output_dir) / "comparison.csv", rows)
-    table = markdown_table(_summary(rows))
-    with whole_files(output_dir) as temporary:
-        (temporary / "comparison.md").write_text(table + "\n")
-    print(
-        f"Dice in percent after {minutes:g} minutes of training\n\n{table}\n\nin {output_dir}: comparison.md and .csv"
-    )
+            raise InputError(f"--names {name}: no such recipe in {RECIPES}; did you mean {hint}?")
+        config = ConfigParser(ConfigParser.load_config_files(_config_files(recipes[name])))
+        for setting in _overrides(recipes[name]):
+            if hint := unknown_setting(setting, config):
+                raise InputError(f"{RECIPES}: {name} has {setting}, which is no setting; {hint}")
+    return {name: recipes[name] for name in chosen}
 
 
-def _config_files(recipe: Mapping[str, Any], *last: str) -> list[str]:
+def _config_files(recipe: Recipe, *last: str) -> list[str]:
     return [str(CONFIGS / name) for name in ("train.json", *recipe.get("overlays", ()), *last)]
 
 
-def _overrides(recipe: Mapping[str, Any]) -> dict[str, Any]:
+def _overrides(recipe: Recipe) -> dict[str, Any]:
     return {name: value for name, value in recipe.items() if name != "overlays"}
 
 
 def _timed(
-    output_dir: Path, recipes: Mapping[str, Mapping[str, Any]], of_all: Mapping[str, Any], minutes: float
+    output: Path, recipes: Mapping[str, Recipe], of_all: Mapping[str, Any], minutes: float
 ) -> dict[str, dict[str, Any]]:
-    """Seconds a step, steps and patches of each recipe: from steps.json, or timed and noted there.
+    """Seconds a step, steps and patches of each recipe, from steps.json or timed and noted there.
 
     Raises:
-        InputError: steps.json is of a comparison with other settings or minutes.
+        InputError: steps.json is of a comparison with other subjects, minutes or settings of a recipe.
     """
-    path = output_dir / "steps.json"
-    now = json.loads(json.dumps({"minutes": minutes, "settings": of_all}))
-    noted = json.loads(path.read_text()) if path.is_file() else now | {"recipes": {}}
-    if any(noted[name] != value for name, value in now.items()):
-        raise InputError(f"{path}: is of a comparison with other settings; choose another --output_dir")
-    for name in recipes:
-        if name not in noted["recipes"]:
-            print(f"{name}: timing a step", flush=True)
-            with tempfile.TemporaryDirectory() as unused:
-                step, batch_size = _seconds_a_step(recipes[name], of_all, unused)
-            steps = max(1, round(60 * minutes / step))
-            noted["recipes"][name] = {"seconds a step": round(step, 3), "steps": steps, "patches": steps * batch_size}
-            with whole_files(output_dir) as temporary:
-                (temporary / path.name).write_text(json.dumps(noted, indent=4))
+    path = output / "steps.json"
+    options = json.loads(json.dumps({"minutes": minutes, **of_all}))
+    noted = json.loads(path.read_text()) if path.is_file() else {"options": options, "recipes": {}}
+    for name, recipe in recipes.items():
+        definition = ConfigParser.load_config_files(_config_files(recipe)) | _overrides(recipe)
+        before = noted["recipes"].get(name, {"definition": definition})
+        if noted["options"] != options or before["definition"] != definition:
+            raise InputError(f"{path}: is of a comparison with other settings; choose another --output_dir")
+        if name in noted["recipes"]:
+            continue
+        print(f"{name}: timing a step", flush=True)
+        # in a process of its own, as its trainings run
+        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as own_process:
+            step, batch_size = own_process.submit(_seconds_a_step, recipe, of_all).result()
+        steps = max(1, round(60 * minutes / step))
+        noted["recipes"][name] = {"seconds a step": round(step, 3), "steps": steps, "patches": steps * batch_size}
+        noted["recipes"][name]["definition"] = definition
+        with whole_files(output) as temporary:
+            (temporary / path.name).write_text(json.dumps(noted, indent=4))
     return noted["recipes"]
 
 
-def _seconds_a_step(recipe: Mapping[str, Any], of_all: Mapping[str, Any], output_dir: str) -> tuple[float, int]:
+def _seconds_a_step(recipe: Recipe, of_all: Mapping[str, Any]) -> tuple[float, int]:
     """Median seconds of a training step, and the patches of one."""
-    settings = {**_overrides(recipe), **of_all, "output_dir": output_dir, "ckpt_dir": output_dir, "epochs": 1}
-    settings["crops_per_epoch"] = f"$@batch_size * {WARMING_UP + TIMED}"
-    settings["train#trainer#train_handlers"] = []
-    workflow = ConfigWorkflow(_config_files(recipe), workflow_type="train", bundle_root=str(CONFIGS.parent), **settings)
-    workflow.initialize()
-    trainer = workflow.parser.get_parsed_content("train#trainer")
     times: list[float] = []
-    trainer.add_event_handler(Events.STARTED | Events.ITERATION_COMPLETED, lambda: times.append(time.perf_counter()))
-    trainer.run()
+
+    def note() -> None:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        times.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as unused:
+        settings = {**_overrides(recipe), **of_all, "output_dir": unused, "ckpt_dir": unused, "epochs": 1}
+        settings["crops_per_epoch"] = f"$@batch_size * {WARMING_UP + TIMED}"
+        settings["train#trainer#train_handlers"] = []
+        workflow = ConfigWorkflow(
+            _config_files(recipe), workflow_type="train", bundle_root=str(CONFIGS.parent), **settings
+        )
+        workflow.initialize()
+        trainer = workflow.parser.get_parsed_content("train#trainer")
+        trainer.add_event_handler(Events.STARTED | Events.ITERATION_COMPLETED, note)
+        trainer.run()
     return statistics.median(np.diff(times)[WARMING_UP:]), workflow.parser.get_parsed_content("batch_size")
 
 
-def _train_and_score(recipe: Mapping[str, Any], settings: Mapping[str, Any], directory: Path) -> None:
+def _folder(output: Path, name: str, seed: int) -> Path:
+    return output / name.replace(" ", "-") / f"seed-{seed}"
+
+
+def _is_finished(directory: Path) -> bool:
+    # scoring writes it last
+    return (directory / "metrics.md").is_file()
+
+
+def _train_and_score(recipe: Recipe, settings: Mapping[str, Any], directory: Path) -> None:
     """Run both commands with the recipe and the settings laid over the configs; the training's last network scores."""
+    shutil.rmtree(directory, ignore_errors=True)  # what was begun and not finished
     overlay = {**_overrides(recipe), **settings, "output_dir": str(directory), "ckpt_dir": str(directory)}
-    # a network of MONAI has no stride to hold the patch against
-    overlay["training"] = ["$@train#trainer.run()"]
     with whole_files(directory) as temporary:
         (temporary / "overlay.json").write_text(json.dumps(overlay, indent=4))
     for task, last in (("training", ()), ("evaluating", ("evaluate.json",))):
@@ -153,13 +185,18 @@ def _train_and_score(recipe: Mapping[str, Any], settings: Mapping[str, Any], dir
             raise InputError(f"{directory}: {task} ended with status {status}, for the reason told above")
 
 
-def _mean_dice(directory: Path) -> dict[str, float]:
-    """Mean Dice in percent over the subjects that a finished training was scored on."""
-    scores = read_csv(directory / "metrics.csv")
-    return {
-        title: round(100 * float(np.mean([float(row[f"dice_{name}"]) for row in scores])), 2)
-        for title, name in COLUMNS.items()
-    }
+def _rows(output: Path, timed: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """A row for each training that is finished: mean Dice in percent over the subjects that scored."""
+    rows = []
+    for name, steps in timed.items():
+        for seed in range(len(list(_folder(output, name, 0).parent.glob("seed-*")))):
+            if _is_finished(directory := _folder(output, name, seed)):
+                scores = read_csv(directory / "metrics.csv")
+                row = {"recipe": name, "seed": seed} | {key: steps[key] for key in ("seconds a step", "steps")}
+                for title, column in COLUMNS.items():
+                    row[title] = round(100 * float(np.mean([float(score[f"dice_{column}"]) for score in scores])), 2)
+                rows.append(row)
+    return rows
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -80,19 +80,30 @@ def _compute_on_one_core() -> None:
 class ReadAheadDataLoader(DataLoader):
     """MONAI's DataLoader, but the next batch is made in a thread while the present one is in use.
 
-    That thread computes on one core: with threads of its own for a computation there would be more of them than cores,
-    and then OpenMP lets all of them sleep at each step of the network, which takes a quarter longer.
+    Where the network is on the CPU that thread computes on one core: with threads of its own for a computation there
+    would be more of them than cores, and then OpenMP lets all of them sleep at each step of the network, which takes a
+    quarter longer.
 
     MONAI's ThreadDataLoader does so too, but an error in its thread only ends the iteration, and the subjects from
     there on would be missing without a word. Here it is raised where it would be without a thread.
+
+    Args:
+        dataset: as MONAI's.
+        device: where the network is.
+        settings: those of MONAI's DataLoader.
     """
+
+    def __init__(self, dataset: Dataset, device: torch.device | str, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.device = torch.device(device)
 
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
-        cores = torch.get_num_threads()
         with ThreadPoolExecutor(max_workers=1) as reader:
-            reader.submit(_compute_on_one_core).result()
-            torch.set_num_threads(cores)
+            if self.device.type == "cpu":
+                cores = torch.get_num_threads()
+                reader.submit(_compute_on_one_core).result()
+                torch.set_num_threads(cores)
             ahead = reader.submit(next, batches, None)
             while (batch := ahead.result()) is not None:
                 ahead = reader.submit(next, batches, None)

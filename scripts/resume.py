@@ -109,13 +109,12 @@ class ResumableTraining:
         remedy = "give the settings that it began with, or train anew without --resume"
         try:
             progress, stateful = state["progress"], self._stateful(engine)
-            settings = self._settings(engine)
-            if unknown := [name for name in settings if name not in state["settings"]]:
+            if unknown := [name for name in self.settings if name not in state["settings"]]:
                 raise InputError(
                     f"{self.path}: doesn't tell the {', '.join(unknown)} of its training, so another version wrote it; "
                     f"go on with that version, or train anew without --resume"
                 )
-            for name, now in settings.items():
+            for name, now in self._settings(engine).items():
                 if (then := state["settings"][name]) != now:
                     raise InputError(f"{self.path}: its training began with {name} {then}, not {now}; {remedy}")
             for name, part in stateful.items():

@@ -113,7 +113,7 @@ def require_training_settings(
     """Refuse settings that can't train before anything is loaded.
 
     Args:
-        network: whose `stride` the patch must be a multiple of.
+        network: whose `stride`, if it has one, the patch must be a multiple of.
         patch_size: voxels along each axis, or one number for all three.
         val_subjects: must name at least one.
         start_from: must be a checkpoint that can be trained further, if given.
@@ -123,8 +123,9 @@ def require_training_settings(
         InputError: one of them isn't so.
     """
     require_whole_numbers(1, **whole_numbers)
-    if any(not isinstance(side, int) or side < 1 or side % network.stride for side in ensure_tuple(patch_size)):
-        raise InputError(f"--patch_size {patch_size}: must be multiples of {network.stride}, like [64,64,64]")
+    stride = getattr(network, "stride", 1)
+    if any(not isinstance(side, int) or side < 1 or side % stride for side in ensure_tuple(patch_size)):
+        raise InputError(f"--patch_size {patch_size}: must be multiples of {stride}, like [64,64,64]")
     if not ensure_tuple(val_subjects):
         raise InputError(f"--val_subjects {val_subjects}: names none; name at least one labelled subject, like [9]")
     if start_from is not None and (not isinstance(start_from, str) or is_exported(start_from)):

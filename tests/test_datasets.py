@@ -40,14 +40,15 @@ def numbers(batches) -> list[float]:
 def test_next_batch_is_made_while_this_one_is_in_use():
     reader = Reader()
     used = []
-    for _ in ReadAheadDataLoader(Dataset(range(4), reader), batch_size=1):
+    for _ in ReadAheadDataLoader(Dataset(range(4), reader), device="cpu", batch_size=1):
         time.sleep(0.05)
         used.append(time.monotonic())
     assert all(made < finished for made, finished in zip(reader.times[1:], used[:-1], strict=True))
     assert threading.main_thread() not in reader.threads
 
 
-def test_only_the_reader_computes_on_one_core():
+@pytest.mark.parametrize(("device", "expected"), [("cpu", 1), ("cuda", 2)])
+def test_only_the_reader_computes_on_one_core(device, expected):
     class CoresTransform(Transform):
         def __call__(self, number):
             return torch.rand(2**20).exp().sum() * 0 + torch.get_num_threads()
@@ -55,8 +56,8 @@ def test_only_the_reader_computes_on_one_core():
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        for cores in ReadAheadDataLoader(Dataset(range(3), CoresTransform()), batch_size=1):
-            assert cores.item() == 1
+        for cores in ReadAheadDataLoader(Dataset(range(3), CoresTransform()), device=device, batch_size=1):
+            assert cores.item() == expected
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 2
     finally:
@@ -64,18 +65,22 @@ def test_only_the_reader_computes_on_one_core():
 
 
 def test_all_batches_in_order_and_again():
-    loader = ReadAheadDataLoader(Dataset(range(5), Reader()), batch_size=1)
+    loader = ReadAheadDataLoader(Dataset(range(5), Reader()), device="cpu", batch_size=1)
     assert numbers(loader) == numbers(loader) == [0, 1, 2, 3, 4]
-    assert numbers(ReadAheadDataLoader(Dataset([], Reader()), batch_size=1)) == []
+    assert numbers(ReadAheadDataLoader(Dataset([], Reader()), device="cpu", batch_size=1)) == []
 
 
 def test_error_comes_after_the_batches_before_it_and_names_its_cause():
     seen = []
     with pytest.raises(RuntimeError) as caught:
-        seen += numbers(ReadAheadDataLoader(Dataset([1, 2], Compose([Reader(unreadable=[1])])), batch_size=1))
+        seen += numbers(
+            ReadAheadDataLoader(Dataset([1, 2], Compose([Reader(unreadable=[1])])), device="cpu", batch_size=1)
+        )
     assert isinstance(caught.value.__cause__, InputError)
     with pytest.raises(RuntimeError):
-        for batch in ReadAheadDataLoader(Dataset([1, 2, 3, 4], Compose([Reader(unreadable=[3])])), batch_size=1):
+        for batch in ReadAheadDataLoader(
+            Dataset([1, 2, 3, 4], Compose([Reader(unreadable=[3])])), device="cpu", batch_size=1
+        ):
             seen += numbers([batch])
     assert seen == [1, 2]
 

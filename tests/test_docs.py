@@ -110,6 +110,8 @@ def test_command_of_the_pages(homes, page, command, request):
         arguments += QUICK
     if "cross_validate" in arguments:
         arguments += ["--epochs", "1", "--crops_per_epoch", "2", "--patch_size", "[32,32,32]"]
+    if "compare_recipes" in arguments:
+        arguments += ["--minutes", "0.01", "--seeds", "1", "--names", "['bundle']"]
     if "phantom" in arguments:
         arguments[arguments.index("--subjects") + 1] = "1"
         arguments[arguments.index("--unlabeled") + 1] = "0"
@@ -203,15 +205,12 @@ def test_kubernetes_job_starts_what_it_should(monkeypatch):
 
 def test_model_card_states_the_settings_that_are_used():
     card = (ROOT / "docs" / "README.md").read_text()
-    train, demo = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("train", "demo"))
-    makefile = (ROOT / "Makefile").read_text()
-    weights_epochs = re.search(r"--epochs (\d+) --output_dir eval/weights", makefile)[1]
-    stated = [
-        (train["epochs"], train["crops_per_epoch"], train["learning_rate"]),
-        (weights_epochs, demo["crops_per_epoch"], demo["learning_rate"]),
-    ]
-    for epochs, crops, learning_rate in stated:
-        assert f"{epochs} epochs of {crops} patches, highest learning rate {learning_rate}" in card
+    train = json.loads((ROOT / "configs" / "train.json").read_text())
+    patches = f"epochs of {train['crops_per_epoch']} patches"
+    assert f"{train['epochs']} {patches}, highest learning rate {train['learning_rate']}" in card
+    (weights,) = re.findall(r"training .*--epochs (\d+)", (ROOT / "Makefile").read_text())
+    assert f"{weights} {patches}" in card
+    assert " \u00d7 ".join(map(str, train["patch_size"])) + " voxels" in card
 
 
 def test_settings_in_the_table_exist_with_those_defaults():

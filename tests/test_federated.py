@@ -105,7 +105,7 @@ def test_average_of_two_sites_is_better_than_the_start(home, tmp_path):
     small = '"crops_per_epoch": 40, "batch_size": 2, "patch_size": [32, 32, 32], "learning_rate": 0.003,'
     program, _ = blocks(PAGE, "python")
     for text, replaced in (
-        ("rounds, local_epochs = 20, 20", "rounds, local_epochs = 2, 1"),
+        ("rounds, local_epochs = 20, 10", "rounds, local_epochs = 2, 1"),
         ('"epochs": rounds', f'{small} "epochs": rounds'),
         ("for number in", 'torch.save(weights, "eval/start.pt")\nfor number in'),
     ):
