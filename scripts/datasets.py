@@ -13,10 +13,13 @@ from typing import Any
 import ignite.distributed as idist
 import numpy as np
 import torch
+from ignite.engine import Engine, Events
 from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTrait
 from torch.utils.data import DistributedSampler, RandomSampler
 
+from scripts.distributed import gathered
+from scripts.errors import InputError, input_error_in
 from scripts.inferers import available_memory
 
 logger = logging.getLogger(__name__)
@@ -104,10 +107,78 @@ class ReadAheadDataLoader(DataLoader):
                 cores = torch.get_num_threads()
                 reader.submit(_compute_on_one_core).result()
                 torch.set_num_threads(cores)
-            ahead = reader.submit(next, batches, None)
+            ahead = reader.submit(self.next_batch, batches)
             while (batch := ahead.result()) is not None:
-                ahead = reader.submit(next, batches, None)
+                ahead = reader.submit(self.next_batch, batches)
                 yield batch
+
+    def next_batch(self, batches: Iterator[Any]) -> Any | None:
+        """The next of the batches, or None after the last one."""
+        return next(batches, None)
+
+
+class LenientDataLoader(ReadAheadDataLoader):
+    """ReadAheadDataLoader that passes over subjects that can't be used, and has the reasons in `refused`.
+
+    Its length counts them too, so an evaluator needs `BadSubjects` beside it.
+
+    Args:
+        dataset: the subjects.
+        stop_at_bad_subject: raise the first InputError instead.
+        settings: others of the DataLoader; there must be no workers, from which no InputError comes as it is.
+    """
+
+    def __init__(self, dataset: Dataset, stop_at_bad_subject: bool = False, **settings: Any) -> None:
+        super().__init__(dataset, **settings)
+        self.stop_at_bad_subject = stop_at_bad_subject
+        self.refused: list[str] = []
+
+    def next_batch(self, batches: Iterator[Any]) -> Any | None:
+        while True:
+            try:
+                return super().next_batch(batches)
+            except Exception as error:
+                input_error = input_error_in(error)
+                if input_error is None or self.stop_at_bad_subject:
+                    raise
+                self.refused.append(str(input_error))
+
+
+class BadSubjects:
+    """Handler for an evaluator whose loader passes over bad subjects; it stands before the handlers that write.
+
+    Args:
+        dataloader: that of the evaluator.
+        unread: why others aren't among the subjects of the loader.
+    """
+
+    def __init__(self, dataloader: LenientDataLoader, unread: Sequence[str]) -> None:
+        self.dataloader = dataloader
+        self.unread = unread
+
+    def attach(self, engine: Engine) -> None:
+        # ignite would begin again to make up the number
+        engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda engine: engine.terminate_epoch())
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.require_a_good_one)
+
+    def require_a_good_one(self, engine: Engine) -> None:
+        """Raise as `refuse` where no process has segmented anything, of which the other handlers couldn't tell."""
+        if not any(gathered([engine.state.iteration])):
+            self.refuse()
+
+    def refuse(self) -> None:
+        """List the bad subjects of all processes, if there are any, when all else is done.
+
+        Raises:
+            InputError: there are; it is the reason itself where there is one alone.
+        """
+        reasons = list(dict.fromkeys(gathered([*self.unread, *self.dataloader.refused])))
+        if len(reasons) == 1:
+            raise InputError(reasons[0])
+        for reason in reasons:
+            print(f"not segmented: {reason}")
+        if reasons:
+            raise InputError(f"{len(reasons)} subjects are not segmented, see above; mend or remove them")
 
 
 def epoch_seed(*numbers: int) -> int:

@@ -174,7 +174,7 @@ class TimeReport:
 
     def tell(self, engine: Engine) -> None:
         self.end_span("writing")
-        subjects = engine.state.iteration
+        subjects = max(engine.state.iteration, 1)
         spans = ", ".join(f"{name} {seconds / subjects:.2f}" for name, seconds in self.seconds.items())
         mean = sum(self.seconds.values()) / subjects
         print(f"time: {self.start_up:.1f} s to start up, then {mean:.2f} s a subject, waiting for {spans}")

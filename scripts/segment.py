@@ -27,6 +27,7 @@ OF_THE_COMMAND = {
     *("bundle_root", "dataset_dir", "local_dataset_dir", "output_dir", "local_output_dir", "subjects", "label_suffix"),
     *("tracking_uri", "experiment_name", "run_name", "save_execute_config", "tracked_handlers"),
     *("probabilities", "rank", "dataset", "dataloader", "handlers", "evaluator", "initialize", "run"),
+    *("stop_at_bad_subject", "bad_subjects"),
 }
 
 

@@ -8,7 +8,7 @@ dataset have no label, and more in their dict: see `scripts.bids.BidsSubject`.
 import logging
 import posixpath
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NotRequired, TypedDict
 
@@ -18,8 +18,8 @@ from monai.utils import ensure_tuple
 from scripts import bids
 from scripts.errors import InputError
 
-FILE_NAME = re.compile(r"subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(?P<suffix>hdr|img|nii|nii\.gz)", re.IGNORECASE)
-HDF5_NAME = re.compile(r"train_iseg_nocut_(?P<subject>.+)\.h5")
+FILE_NAME = re.compile(r"(?is)subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(hdr|img|nii|nii\.gz)")
+HDF5_NAME = re.compile(r"(?s)train_iseg_nocut_(?P<subject>.+)\.h5")
 EXPECTED_NAMES = (
     "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz, "
     f"or train_iseg_nocut_<id>.h5, or BIDS: {bids.EXPECTED_NAMES}"
@@ -51,7 +51,15 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _volume_file(path: Path) -> Path:
-    """The file by which a volume is opened: the header of an Analyze pair, of which both halves must be there."""
+    """The file by which a volume is opened: the header of an Analyze pair, of which both halves must be there.
+
+    Raises:
+        InputError: one isn't, or is no file, or the path can't be shown in one line or written into a table.
+    """
+    if not str(path).isprintable():
+        raise InputError(f"{str(path)!r}: its name has a line break or the like in it; rename it")
+    if not path.is_file():
+        raise InputError(f"{path}: is no file, but a folder, a link to nowhere or the like; put the image itself there")
     header, image = (_with_suffix_like(path, suffix) for suffix in (".hdr", ".img"))
     if path.suffix.lower() not in (".hdr", ".img"):
         return path
@@ -67,33 +75,43 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
     return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
 
 
-def _find_volumes(directory: str, but_in: Collection[str] = ("derivatives",)) -> dict[str, dict[str, Path]]:
-    """Files in a folder and those below it by subject and by kind (T1, T2, LABEL, HDF5); raises as `find_labels`.
-
-    What lies in a folder of `but_in` is passed over.
-    """
+def _named_files(directory: str, but_in: Collection[str] = ("derivatives",)) -> Iterator[tuple[re.Match[str], Path]]:
+    """Files in a folder and those below it that are named as a subject's; those in a folder of `but_in` aren't."""
     root = Path(directory)
-    found: dict[str, dict[str, Path]] = {}
     for path in sorted(root.glob("**/*")):
         name = FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name)
         inside = path.relative_to(root)
-        if name is None or _is_hidden(inside) or inside.parts[0] in but_in:
-            continue
-        files = found.setdefault(name["subject"], {})
-        path = _volume_file(path)
-        other = files.setdefault("HDF5" if name.re is HDF5_NAME else name["kind"].upper(), path)
-        if other != path:
-            raise InputError(f"{path}: subject {name['subject']} has {other} as well; keep one of the two")
-    return found
+        if name and not _is_hidden(inside) and inside.parts[0] not in but_in:
+            yield name, path
+
+
+def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError]]:
+    """Files by subject and by kind (T1, T2, LABEL, HDF5), and by subject what is wrong with one of them."""
+    found: dict[str, dict[str, Path]] = {}
+    bad: dict[str, InputError] = {}
+    for name, path in _named_files(directory):
+        subject = name["subject"]
+        files = found.setdefault(subject, {})
+        try:
+            path = _volume_file(path)
+            other = files.setdefault("HDF5" if name.re is HDF5_NAME else name["kind"].upper(), path)
+            if other != path:
+                raise InputError(f"{path}: subject {subject} has {other} as well; keep one of the two")
+        except InputError as error:
+            bad.setdefault(subject, error)
+    return found, bad
 
 
 def find_labels(directory: str) -> dict[str, str]:
     """The label files in a folder and the folders below it, by subject.
 
     Raises:
-        InputError: half of an Analyze pair, or two files for one volume.
+        InputError: half of an Analyze pair, what is named so but isn't a file, or two files for one volume.
     """
-    return {subject: str(files["LABEL"]) for subject, files in _find_volumes(directory).items() if "LABEL" in files}
+    found, bad = _find_volumes(directory)
+    for error in bad.values():
+        raise error
+    return {subject: str(files["LABEL"]) for subject, files in found.items() if "LABEL" in files}
 
 
 def find_subjects(dataset_dir: str) -> list[Subject]:
@@ -109,36 +127,49 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
         The subjects by ascending id; none where the folder holds none.
 
     Raises:
-        InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, two files
-            for one volume, or images beside an HDF5 file; both layouts in one folder; or as `find_bids_subjects`.
+        InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, what is named
+            so but isn't a file, two files for one volume, or images beside an HDF5 file; both layouts in one folder;
+            or as `find_bids_subjects`.
     """
+    subjects, bad = _good_and_bad_subjects(dataset_dir)
+    for error in bad.values():
+        raise error
+    return subjects
+
+
+def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, InputError]]:
+    """The subjects as `find_subjects` has them, and by id why others can't be used."""
     in_bids, left_out = bids.find_bids_subjects(dataset_dir)
     if in_bids or left_out:
-        for files in _find_volumes(dataset_dir, but_in=("derivatives", "sourcedata", "code")).values():
-            raise InputError(
-                f"{next(iter(files.values()))}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder"
-            )
-        return sorted(in_bids, key=lambda subject: natural_order(subject["subject"]))
-    found = _find_volumes(dataset_dir)
+        for _, path in _named_files(dataset_dir, but_in=("derivatives", "sourcedata", "code")):
+            raise InputError(f"{path}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder")
+        return sorted(in_bids, key=lambda subject: natural_order(subject["subject"])), {}
+    found, bad = _find_volumes(dataset_dir)
     subjects: list[Subject] = []
-    for subject_id in sorted(found, key=natural_order):
-        files = found[subject_id]
-        if hdf5 := files.pop("HDF5", None):
-            for other in files.values():
-                raise InputError(f"{hdf5}: subject {subject_id} has {other} as well; keep the HDF5 file or the images")
-            subjects.append({"subject": subject_id, "image": [str(hdf5), str(hdf5)], "label": str(hdf5)})
-            continue
-        for modality in ("T1", "T2"):
-            if modality not in files:
-                raise InputError(
-                    f"{next(iter(files.values()))}: subject {subject_id} has no {modality}; "
-                    f"put subject-{subject_id}-{modality} beside it"
-                )
-        subject: Subject = {"subject": subject_id, "image": [str(files["T1"]), str(files["T2"])]}
-        if "LABEL" in files:
-            subject["label"] = str(files["LABEL"])
-        subjects.append(subject)
-    return subjects
+    for subject_id in sorted(found.keys() - bad.keys(), key=natural_order):
+        try:
+            subjects.append(_subject(subject_id, found[subject_id]))
+        except InputError as error:
+            bad[subject_id] = error
+    return subjects, bad
+
+
+def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
+    """The subject that files make up, given by kind; raises InputError where one is missing or too many."""
+    if hdf5 := files.pop("HDF5", None):
+        for other in files.values():
+            raise InputError(f"{hdf5}: subject {subject_id} has {other} as well; keep the HDF5 file or the images")
+        return {"subject": subject_id, "image": [str(hdf5), str(hdf5)], "label": str(hdf5)}
+    for modality in ("T1", "T2"):
+        if modality not in files:
+            raise InputError(
+                f"{next(iter(files.values()))}: subject {subject_id} has no {modality}; "
+                f"put subject-{subject_id}-{modality} beside it"
+            )
+    subject: Subject = {"subject": subject_id, "image": [str(files["T1"]), str(files["T2"])]}
+    if "LABEL" in files:
+        subject["label"] = str(files["LABEL"])
+    return subject
 
 
 def _ids(setting: Ids) -> list[str]:
@@ -199,28 +230,33 @@ def training_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
     return [s for s in found if "label" in s and s["subject"] not in held_out]
 
 
-def subjects_to_segment(dataset_dir: str, subjects: Ids | None) -> list[Subject]:
+def subjects_to_segment(dataset_dir: str, subjects: Ids | None, stop_at_bad_subject: bool = True) -> list[Subject]:
     """The subjects with these ids, or all that have no label when `subjects` is None, without their labels.
 
     None where the folder holds none. In a BIDS dataset `sub-01` or `01` means all sessions and runs of a participant,
-    and `sub-01_ses-02` one session with its runs. A warning names those that are left out.
+    and `sub-01_ses-02` one session with its runs. A warning names those that are left out. Without
+    `stop_at_bad_subject` those of `bad_subjects` aren't among them.
 
     Raises:
         InputError: one of them isn't there, is left out or is an HDF5 file, or as `find_subjects`.
     """
-    found = find_subjects(dataset_dir)
+    found, bad = _good_and_bad_subjects(dataset_dir)
+    if stop_at_bad_subject:
+        for error in bad.values():
+            raise error
     left_out = left_out_subjects(dataset_dir, subjects)
     for subject, reason in left_out.items():
         logger.warning("%s: left out, for it %s", subject, reason)
     if subjects is None:
         return [subject for subject in found if "label" not in subject]
-    for name in _ids(subjects):
+    names = [name for name in _ids(subjects) if name not in bad]
+    for name in names:
         if any(_is_named(subject["subject"], name, "anat" in subject) for subject in found):
             continue
         for subject, reason in left_out.items():
             if _is_named(subject, name, in_bids=True):
                 raise InputError(f"{dataset_dir}: subjects names {name}, but {subject} {reason}")
-    chosen = _pick(found, subjects, dataset_dir, "subjects")
+    chosen = _pick(found, names, dataset_dir, "subjects")
     for subject in chosen:
         if subject["image"][0].endswith(".h5"):
             raise InputError(
@@ -228,6 +264,12 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None) -> list[Subject]
                 f"segmented; give its T1 and T2 images"
             )
     return [{key: value for key, value in subject.items() if key != "label"} for subject in chosen]
+
+
+def bad_subjects(dataset_dir: str, subjects: Ids | None) -> list[str]:
+    """Why subjects, all of a folder or those with these ids, lack a file or have one too many; for BIDS see below."""
+    _, bad = _good_and_bad_subjects(dataset_dir)
+    return [str(error) for subject, error in bad.items() if subjects is None or subject in _ids(subjects)]
 
 
 def left_out_subjects(dataset_dir: str, subjects: Ids | None) -> dict[str, str]:

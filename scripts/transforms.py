@@ -1,7 +1,9 @@
 """From the files of a subject to what the network takes: load, check, normalise."""
 
+import itertools
+import math
 import re
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,8 @@ import torch
 from monai.data import MetaTensor
 from monai.transforms import MapTransform, Transform
 from monai.utils import MetaKeys, SpaceKeys
+from nibabel.fileholders import FileHolder
+from nibabel.openers import ImageOpener
 
 from scripts.errors import InputError
 
@@ -37,8 +41,16 @@ ISEG_VALUES = (0, 10, 150, 250)
 ISEG_AFFINE = np.diag([-1.0, 1.0, 1.0, 1.0])
 # ml, CSF included; a scan that wasn't skull-stripped has more above 0: the head, and noise in the air around it
 LARGEST_BRAIN = 2000
-# voxels along a side; more than that is no brain, and a damaged or hostile file must not fill the memory
-LONGEST_HDF5_SIDE = 512
+# what is beyond these is no brain scan, and a damaged or hostile file must not fill the memory
+LONGEST_SIDE = 512  # mm; in HDF5, which is of 1 mm, voxels
+VOXEL_SIZES = (0.1, 10)  # mm
+MOST_VALUES = 2**28  # of all volumes in a file; 1 GB as float32
+# volume of a voxel as a share of what it would be with right angles; resampling undoes a shear, within reason
+SMALLEST_SHARE_OF_CUBOID = 0.8
+# mm between the corners of two grids that are the same but for rounding
+LARGEST_OFFSET = 0.1
+# share of T1 that may be below 0, as a voxel here and there is after resampling
+LARGEST_NEGATIVE_SHARE = 0.01
 
 
 def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -51,21 +63,69 @@ def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
         Scaled values as float32 (volumes, X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
 
     Raises:
-        InputError: the file can't be read whole, has fewer than three axes, or has NaN or infinite values.
+        InputError: the file can't be read whole, has NaN or infinite values, or as `require_brain_scan`.
     """
     try:
-        image = path.image if isinstance(path, VolumeInMemory) else nib.load(path, mmap=False)
-        values = image.get_fdata(dtype=np.float32, caching="unchanged")
+        image, values = _image_and_values(path)
+    except InputError:
+        raise
     except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: can't be read ({reason}); copy or convert the file again") from error
-    if values.ndim < 3:
-        raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume a file")
     if not np.isfinite(values).all():
         raise InputError(f"{path}: has NaN or infinite values; replace them, outside the brain by 0")
     # by Fortran's order, which is that on disk, a view of it
     volumes = values.reshape(*values.shape[:3], -1, order="F")
     return np.moveaxis(volumes, -1, 0), image.affine
+
+
+def _image_and_values(path: str) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:
+    """The image of a file, once its header has passed `require_brain_scan`, and its values as float32."""
+    if isinstance(path, VolumeInMemory):
+        require_brain_scan(path, path.image)
+        return path.image, path.image.get_fdata(dtype=np.float32, caching="unchanged")
+    image = nib.load(path, mmap=False)
+    require_brain_scan(path, image)
+    with ImageOpener(path) as file:
+        stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+        if not stored_sizes.all():  # nibabel takes 1 mm then
+            raise InputError(f"{path}: {_voxels(stored_sizes)} can't be; correct its header or convert it again")
+        if not path.lower().endswith(".gz"):
+            return image, image.get_fdata(dtype=np.float32, caching="unchanged")
+        image = type(image).from_file_map({"image": FileHolder(path, file)}, mmap=False)
+        values = image.get_fdata(dtype=np.float32, caching="unchanged")
+        while file.read(2**20):  # only at the end of the file its checksum is compared
+            pass
+    return image, values
+
+
+def _voxels(sizes: Iterable[float]) -> str:
+    return f"its voxel size of {' x '.join(f'{size:.4g}' for size in sizes)} mm"
+
+
+def require_brain_scan(path: str, image: nib.spatialimages.SpatialImage) -> None:
+    """Refuse an image that can't be a brain scan, before its values are read.
+
+    Raises:
+        InputError: it has fewer than three axes, values other than numbers, more of them or another size than a brain
+            scan has, or its affine isn't finite or has its axes far from right angles.
+    """
+    if len(image.shape) < 3 or 0 in image.shape:
+        raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume a file")
+    if image.get_data_dtype().kind not in "biuf":
+        raise InputError(f"{path}: has colours or complex numbers; give the scan, with one number a voxel")
+    axes = image.affine[:3, :3]
+    sizes = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(image.affine).all():
+        raise InputError(f"{path}: its affine has NaN or infinite values; correct its header or convert it again")
+    if sizes.min() < VOXEL_SIZES[0] or sizes.max() > VOXEL_SIZES[1]:
+        raise InputError(f"{path}: {_voxels(sizes)} isn't that of a brain scan; correct its header or convert it again")
+    if (sizes * image.shape[:3]).max() > LONGEST_SIDE or math.prod(image.shape) > MOST_VALUES:
+        raise InputError(
+            f"{path}: shape {image.shape} with {_voxels(sizes)} is larger than a brain scan; copy or convert it again"
+        )
+    if abs(np.linalg.det(axes / sizes)) < SMALLEST_SHARE_OF_CUBOID:
+        raise InputError(f"{path}: its affine is sheared, far from right angles; resample it to a grid without shear")
 
 
 def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -90,12 +150,14 @@ def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
 def require_same_grid(
     path: str, values: np.ndarray, affine: np.ndarray, t1_path: str, t1: np.ndarray, t1_affine: np.ndarray
 ) -> None:
-    """Refuse a volume (X, Y, Z) that differs from the T1 in shape or in the 4 x 4 affine, by InputError."""
+    """Refuse a volume (X, Y, Z) that differs from the T1 in shape or, by its 4 x 4 affine, in place, by InputError."""
     if values.shape != t1.shape:
         raise InputError(
             f"{path}: shape {values.shape} differs from {t1.shape} of {t1_path}; resample it to the grid of T1"
         )
-    if not np.allclose(affine, t1_affine, atol=1e-2):
+    corners = list(itertools.product(*((0, side - 1) for side in t1.shape)))
+    offsets = nib.affines.apply_affine(affine, corners) - nib.affines.apply_affine(t1_affine, corners)
+    if np.linalg.norm(offsets, axis=1).max() > LARGEST_OFFSET:
         raise InputError(f"{path}: its affine differs from that of {t1_path}; register and resample it to T1")
 
 
@@ -175,20 +237,29 @@ def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
         path: for the message.
 
     Raises:
-        InputError: T1 is below 0 somewhere or isn't 0 in all corners, or most of the label lies outside T1 > 0.
+        InputError: T1 is below 0 somewhere or isn't 0 in all corners, or as `require_label_of_brain`.
     """
     if t1.min() < 0 or t1[np.ix_([0, -1], [0, -1], [0, -1])].any():
         raise InputError(
             f"{path}: T1 isn't lowest, and the same, in all corners of the volume, so the brain can't be told from "
             f"its background; give a skull-stripped T1 without negative values, as HDF5 in the published layout"
         )
+    require_label_of_brain(label, t1, path)
+
+
+def require_label_of_brain(label: np.ndarray, t1: np.ndarray, path: str) -> None:
+    """Refuse a label (X, Y, Z) with most of its tissues outside the brain of T1, by InputError."""
     labeled = label > 0
     if np.count_nonzero(labeled & (t1 > 0)) < np.count_nonzero(labeled) / 2:
         raise InputError(f"{path}: most of the label lies outside the brain of T1; check that the two belong together")
 
 
 def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
-    """Refuse a T1 (X, Y, Z), whose brain is where it is above 0, without a brain or with a skull, by InputError."""
+    """Refuse a T1 (X, Y, Z) whose brain isn't where it is above 0: there is none, or a skull, or much is below 0.
+
+    Raises:
+        InputError: it is so.
+    """
     brain = np.count_nonzero(t1 > 0)
     if not brain:
         raise InputError(f"{path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")
@@ -198,6 +269,21 @@ def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
             f"{path}: T1 is above 0 in {volume:,.0f} ml, more than any brain has; give a skull-stripped T1, which is 0 "
             f"outside the brain"
         )
+    below = np.count_nonzero(t1 < 0)
+    if below > LARGEST_NEGATIVE_SHARE * brain:
+        raise InputError(
+            f"{path}: T1 is below 0 in {below:,} voxels and above it in {brain:,}, so it doesn't show the brain; give "
+            f"a skull-stripped T1, which is above 0 in the brain and 0 outside"
+        )
+
+
+def _require_contrast(spreads: Iterable[float], t1_path: str) -> None:
+    """Refuse a subject whose T1 or T2 doesn't vary inside the brain, by InputError; NaN counts as no spread."""
+    for name, spread in zip(("T1", "T2"), spreads, strict=True):
+        if not spread > 0:
+            raise InputError(
+                f"{t1_path}: the {name} of this subject is constant inside the brain; give the scan itself, not a mask"
+            )
 
 
 def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
@@ -213,10 +299,10 @@ def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
     if dataset.is_virtual or dataset.external:
         raise InputError(f"{file.filename}: '{name}' keeps its values in other files; copy them into the file")
     shape = dataset.shape or ()
-    if shape[:2] != (1, channels) or len(shape) != 5 or not all(1 <= side <= LONGEST_HDF5_SIDE for side in shape[2:]):
+    if shape[:2] != (1, channels) or len(shape) != 5 or not all(1 <= side <= LONGEST_SIDE for side in shape[2:]):
         raise InputError(
             f"{file.filename}: '{name}' has shape {shape}, not (1, {channels}, Z, X, Y) with sides of 1 to "
-            f"{LONGEST_HDF5_SIDE}; prepare the file again"
+            f"{LONGEST_SIDE}; prepare the file again"
         )
     return dataset[0]
 
@@ -278,8 +364,9 @@ class LoadSubjectd(Transform):
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
 
     Raises:
-        InputError: as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `read_hdf5` and `require_brain_only`, or mask
-            or label differ in grid.
+        InputError: as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `require_label_of_brain`, `read_hdf5` and
+            `require_brain_only`, mask or label differ in grid, T1 or T2 is constant inside the brain, or the label is 0
+            everywhere.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -299,6 +386,12 @@ class LoadSubjectd(Transform):
                 require_same_grid(data["label"], values, label_affine, t1_path, image[0], affine)
                 label = tissue_labels(values, data["label"])
         require_brain_only(image[0], affine, t1_path)
+        # before resampling, which blurs the edge of a mask
+        _require_contrast(np.ptp(image[:, image[0] > 0], axis=1), t1_path)
+        if label is not None:
+            if not label.any():
+                raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or take it away")
+            require_label_of_brain(label, image[0], data["label"])
         loaded = dict(data)
         loaded["image"] = _meta_tensor(image, affine, t1_path)
         loaded["image"].meta["t1_path"] = t1_path
@@ -321,7 +414,7 @@ class NormalizeByT1Maskd(MapTransform):
     published pipelines. Shapes: (2, X, Y, Z) -> (2, X, Y, Z), T1 first; no scale goes in, none comes out.
 
     Raises:
-        InputError: a channel is constant where T1 > 0.
+        InputError: a channel is constant where T1 > 0, or T1 is nowhere above 0.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -331,12 +424,8 @@ class NormalizeByT1Maskd(MapTransform):
             channels = torch.as_tensor(image)
             brain = channels[:, channels[0] > 0].double()
             deviation, mean = torch.std_mean(brain, dim=1, correction=0)
-            for name, spread in zip(("T1", "T2"), deviation.tolist(), strict=True):
-                if spread == 0:
-                    raise InputError(
-                        f"{image.meta['t1_path']}: the {name} of this subject is constant inside the brain; "
-                        f"give the scan itself, not a mask"
-                    )
+            if not (deviation > 0).all():
+                _require_contrast(deviation.tolist(), image.meta["t1_path"])
             scale = tuple(value.to(channels.dtype)[:, None, None, None] for value in (mean, deviation))
             result[key] = (image - scale[0]) / scale[1]
         return result

@@ -98,7 +98,7 @@ def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".n
 
 @pytest.fixture
 def tiny() -> dict[str, np.ndarray]:
-    return {kind: np.ones((6, 7, 8), np.int16) for kind in ("T1", "T2")}
+    return {kind: np.arange(1, 337, dtype=np.int16).reshape(6, 7, 8) for kind in ("T1", "T2")}
 
 
 @pytest.fixture

@@ -421,7 +421,8 @@ def test_damaged_subject_after_a_good_one(own_dataset, tmp_path):
     assert result.returncode != 0
     assert message in last_line(result)
     # what was finished is whole, and of the other there is nothing
-    assert {path.name for path in output.iterdir()} == {"subject-9-label.nii.gz", "subject-9-label.png", "volumes.csv"}
+    names = {"subject-9-label.nii.gz", "subject-9-label.png", "volumes.csv", "report.html"}
+    assert {path.name for path in output.iterdir()} == names
     assert [row["subject"] for row in read_csv(output / "volumes.csv")] == ["9"]
 
 
