@@ -46,6 +46,7 @@ from scripts.report_warnings import (
     few_foreground_voxels,
     left_right_asymmetry,
     not_skull_stripped,
+    other_voxel_size,
     t2_missing,
     usual_range,
     volume_out_of_range,
@@ -90,13 +91,15 @@ def subject_part(item: Mapping[str, Any], with_pictures: bool = True) -> Part:
     """Measure and draw a subject, given as by `scripts.writers.segmented_subjects`, with its `t2` besides."""
     t1, t2, prediction = (canonical(item[name]) for name in ("t1", "t2", "pred"))
     label, volumes = item.get("label"), tissue_volumes(item["pred"])
-    voxel_ml = float(canonical_voxel_size(item["t1"]).prod()) / 1000
+    voxel_size = canonical_voxel_size(item["t1"])
+    voxel_ml = float(voxel_size.prod()) / 1000
     found = {
         "volume out of range": volume_out_of_range(volumes),
         "few foreground voxels": few_foreground_voxels(t1, voxel_ml),
         "brain left unlabelled": brain_left_unlabelled(t1, prediction),
         "not skull-stripped": not_skull_stripped(t1, voxel_ml),
         "T2 missing": t2_missing(t1, t2),
+        "voxel size": other_voxel_size(voxel_size),
         "left-right asymmetry": left_right_asymmetry(prediction),
     }
     files = {name: item[key].meta["filename_or_obj"] for name, key in (("T1", "t1"), ("T2", "t2"))}

@@ -213,6 +213,15 @@ def test_model_card_states_the_settings_that_are_used():
     assert " \u00d7 ".join(map(str, train["patch_size"])) + " voxels" in card
 
 
+def test_scores_of_the_weights_are_the_same_wherever_they_stand():
+    scores = json.loads((ROOT / "configs" / "metadata.json").read_text())["eval_metrics"]
+    card, readme = ((ROOT / page).read_text() for page in ("docs/README.md", "README.md"))
+    for name, row in (("nominal_contrast", "nominal"), ("contrast_kept_out_of_training", "patchwork contrast, kept")):
+        (cells,) = re.findall(rf"^\| {row}[^|]*\| (.*) \| [\d.]+ \|$", card, re.MULTILINE)
+        assert float(cells.split(" | ")[3]) == pytest.approx(100 * scores[f"mean_dice_unseen_brains_{name}"])
+        assert f"| {cells} | here" in readme
+
+
 def test_settings_in_the_table_exist_with_those_defaults():
     train, inference = (json.loads((ROOT / "configs" / f"{name}.json").read_text()) for name in ("train", "inference"))
     rows = re.findall(r"^\| (`.*?`) \|.*\| (.*) \|$", (ROOT / "docs" / "settings.md").read_text(), re.MULTILINE)

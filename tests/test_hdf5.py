@@ -202,9 +202,11 @@ def test_subjects_that_can_not_be_prepared(scans, tmp_path, brains):
     save_subject(tmp_path / "unlabelled", "1", brains[0], labeled=False)
     with pytest.raises(InputError, match="no subject left to train among 1, 0 of them labelled"):
         prepare_hdf5(str(tmp_path / "unlabelled"), str(tmp_path / "out"), [])
-    save_subject(tmp_path / "negative", "1", brains[0] | {"T1": brains[0]["T1"] - 10})
+    t1 = brains[0]["T1"].copy()
+    t1[0, 0, 0] = 5
+    save_subject(tmp_path / "corner", "1", brains[0] | {"T1": t1})
     with pytest.raises(InputError, match=r"subject-1-T1.hdr: T1 isn't lowest, and the same, in all corners"):
-        prepare_hdf5(str(tmp_path / "negative"), str(tmp_path / "out"), [])
+        prepare_hdf5(str(tmp_path / "corner"), str(tmp_path / "out"), [])
     assert not list(tmp_path.rglob("*.h5"))
 
 

@@ -140,7 +140,7 @@ def test_trained_network_labels_as_in_plain_float32(phantom_brain, trained_netwo
     brain = truth > 0
     assert (plain == ours)[brain].float().mean() >= 0.999
     assert mean_dice(ours, truth) == pytest.approx(mean_dice(plain, truth), abs=0.002)
-    assert mean_dice(plain, truth) > 0.85
+    assert mean_dice(plain, truth) > 0.8
 
 
 @pytest.mark.slow

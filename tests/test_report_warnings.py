@@ -7,6 +7,7 @@ from conftest import ROOT
 from scripts import report_warnings
 from scripts.html_report import MOST_VIEWERS
 from scripts.report_warnings import (
+    LARGEST_DIFFERENCE_OF_VOXEL,
     LARGEST_USUAL_BRAIN,
     SIX_MONTHS,
     SMALLEST_BRAIN,
@@ -14,6 +15,7 @@ from scripts.report_warnings import (
     few_foreground_voxels,
     left_right_asymmetry,
     not_skull_stripped,
+    other_voxel_size,
     t2_missing,
     usual_range,
     volume_out_of_range,
@@ -88,6 +90,13 @@ def test_warning_of_asymmetry(width):
     assert left_right_asymmetry(np.zeros((4, 4, 4), np.uint8)) is None
 
 
+def test_warning_of_voxels_that_were_not_trained_on():
+    for usual in (0.85, 1.0, 1.15):
+        assert other_voxel_size(np.array([1, usual, 1])) is None
+    assert other_voxel_size(np.array([1, 0.8, 1])) == "voxels of 1 x 0.8 x 1 mm: labels are less right than at 1 mm"
+    assert other_voxel_size(np.array([1.5, 1, 1])) is not None
+
+
 def test_the_page_on_warnings_states_the_thresholds():
     page = " ".join((ROOT / "docs" / "reading_the_report.md").read_text(encoding="utf-8").split())
     for stated in (
@@ -99,6 +108,7 @@ def test_the_page_on_warnings_states_the_thresholds():
         f"more than {report_warnings.LARGEST_WITHOUT_T2:.0%} of where".replace("%", " %"),
         f"more than {50 * (1 + report_warnings.LARGEST_ASYMMETRY):g} % of a tissue",
         f"at most {MOST_VIEWERS} subjects",
+        "under {:g} or over {:g} mm".format(*(1 + side * LARGEST_DIFFERENCE_OF_VOXEL for side in (-1, 1))),
         ", ".join(f"{t.name} {mean} ± {deviation}" for t, (mean, deviation) in SIX_MONTHS.items()) + " ml",
     ):
         assert stated in page, stated
