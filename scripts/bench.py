@@ -18,11 +18,11 @@ from monai.bundle import ConfigParser
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from monai.metrics import compute_dice
 from monai.networks import one_hot
-from monai.networks.nets import DynUNet, SegResNet, UNet
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
+from scripts.compare_recipes import RECIPES
 from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
 from scripts.network import SkipDenseSeg
 from scripts.phantom import phantom
@@ -40,15 +40,15 @@ Row = dict[str, Any]
 
 
 def networks() -> dict[str, nn.Module]:
-    """Both published variants, and what MONAI offers for the same task: 2 channels in, 4 classes out."""
-    kernels, strides = [3] * 5, [1, 2, 2, 2, 2]
+    """Both published variants, and what MONAI offers for the same task: 2 channels in, 4 classes out.
+
+    DynUNet has the layers and features that nnU-Net plans for a patch of 64 voxels, without its deep supervision.
+    """
+    recipes = ConfigParser(ConfigParser.load_config_file(RECIPES))
     return {
         "SkipDenseSeg compact": SkipDenseSeg(),
         "SkipDenseSeg paper": SkipDenseSeg(block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True),
-        # layers and features as nnU-Net plans them for a patch of 64 voxels; its deep supervision is left out
-        "DynUNet": DynUNet(3, 2, 4, kernels, strides, strides[1:], filters=[32, 64, 128, 256, 320]),
-        "SegResNet": SegResNet(in_channels=2, out_channels=4, init_filters=16),
-        "UNet": UNet(3, 2, 4, channels=(32, 64, 128, 256, 512), strides=(2, 2, 2, 2), num_res_units=2),
+        **{name: recipes.get_parsed_content(f"{name}#network_def") for name in ("DynUNet", "SegResNet", "UNet")},
     }
 
 

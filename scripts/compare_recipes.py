@@ -172,7 +172,8 @@ def _is_finished(directory: Path) -> bool:
 
 def _train_and_score(recipe: Recipe, settings: Mapping[str, Any], directory: Path) -> None:
     """Run both commands with the recipe and the settings laid over the configs; the training's last network scores."""
-    shutil.rmtree(directory, ignore_errors=True)  # what was begun and not finished
+    if (directory / "overlay.json").is_file():
+        shutil.rmtree(directory)  # what was begun here and not finished
     overlay = {**_overrides(recipe), **settings, "output_dir": str(directory), "ckpt_dir": str(directory)}
     with whole_files(directory) as temporary:
         (temporary / "overlay.json").write_text(json.dumps(overlay, indent=4))

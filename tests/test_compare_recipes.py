@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
@@ -65,6 +66,33 @@ def test_misspelt_setting_of_a_recipe(dataset, tmp_path, monkeypatch):
     monkeypatch.setattr("scripts.compare_recipes.RECIPES", tmp_path / "comparison.json")
     with pytest.raises(InputError, match=r"comparison.json: mine has learning_rat, .* did you mean --learning_rate\?"):
         compare_recipes(str(dataset), 9, str(tmp_path / "o"))
+
+
+def test_only_what_a_comparison_began_is_begun_anew(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.compare_recipes._seconds_a_step", None)
+    monkeypatch.setattr("scripts.compare_recipes.ProcessPoolExecutor", TimedAtOnce)
+    monkeypatch.setattr("subprocess.run", lambda command: SimpleNamespace(returncode=1))
+    mine = tmp_path / "UNet" / "seed-0" / "mine.txt"
+    mine.parent.mkdir(parents=True)
+    mine.touch()
+    for kept in (True, False):
+        with pytest.raises(InputError, match="training ended with status 1"):
+            compare_recipes(str(dataset), 9, str(tmp_path), names="UNet")
+        assert mine.exists() is kept
+
+
+class TimedAtOnce:
+    """In place of a process that times a step."""
+
+    def __init__(self, *_: object) -> None: ...
+
+    def __enter__(self) -> "TimedAtOnce":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(result=lambda: (1.0, 4))
 
 
 @pytest.mark.slow
