@@ -12,11 +12,11 @@ from ignite.engine import Engine, Events
 from scripts.bids import DESC
 from scripts.errors import InputError
 from scripts.metrics import VolumeTable, tissue_volumes
+from scripts.provenance import metadata
 from scripts.subjects import Subject, place
 from scripts.transforms import Tissue
 from scripts.writers import result_path, segmented_subjects, whole_files, write_csv
 
-METADATA = Path(__file__).parents[1] / "configs" / "metadata.json"
 BIDS_VERSION = "1.11.1"
 # name of the dataset of the scans in the URIs of their files
 SOURCE = "source"
@@ -31,6 +31,7 @@ LABELS = (
 BIDSIGNORE = (
     "figures",
     "report.html",
+    "*-provenance.json",
     "volumes.tsv",
     "volumes.json",
     "*_uncertainty.*",
@@ -137,13 +138,13 @@ class BidsDerivative:
 
     def begin(self) -> None:
         path = self.output_dir / "dataset_description.json"
-        metadata = json.loads(METADATA.read_text())
+        bundle = metadata()
         if path.exists():
-            self.require_own(path, metadata["name"])
+            self.require_own(path, bundle["name"])
         if idist.get_rank() > 0:
             return
         with whole_files(self.output_dir) as temporary:
-            self.write_missing(temporary, path.name, _json(self.description(metadata)))
+            self.write_missing(temporary, path.name, _json(self.description(bundle)))
             self.write_missing(temporary, ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
             self.write_missing(temporary, "volumes.json", _json(VOLUME_COLUMNS))
         labels = self.output_dir / f"desc-{DESC}_dseg.tsv"
@@ -174,7 +175,7 @@ class BidsDerivative:
         if not (self.output_dir / name).exists():
             (temporary / name).write_text(text)
 
-    def description(self, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    def description(self, bundle: Mapping[str, Any]) -> dict[str, Any]:
         """Content of `dataset_description.json`."""
         of_source = self.dataset_dir / "dataset_description.json"
         try:
@@ -183,15 +184,15 @@ class BidsDerivative:
             doi = None
         known = ({"DOI": doi} if doi else {}) | ({"URL": self.source} if "://" in self.source else {})
         return {
-            "Name": metadata["name"],
+            "Name": bundle["name"],
             "BIDSVersion": BIDS_VERSION,
             "DatasetType": "derivative",
             "GeneratedBy": [
-                {"Name": metadata["name"], "Version": metadata["version"], "Description": metadata["description"]}
+                {"Name": bundle["name"], "Version": bundle["version"], "Description": bundle["description"]}
             ],
             **({"SourceDatasets": [known]} if known else {}),
             "DatasetLinks": {SOURCE: self.source},
-            "ReferencesAndLinks": metadata["references"],
+            "ReferencesAndLinks": bundle["references"],
         }
 
     def describe_images(self, engine: Engine) -> None:

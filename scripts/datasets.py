@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import ignite.distributed as idist
 import numpy as np
@@ -34,6 +34,35 @@ def _prepared_bytes(item: Any, transform: Compose) -> int:
     """Memory of a subject after the transforms that aren't random."""
     prepared = transform(item, end=_first_random(transform))
     return sum(value.nbytes for value in prepared.values() if isinstance(value, torch.Tensor))
+
+
+class Draw(int):
+    """The index of a subject, and the seed of what is random in a patch of it."""
+
+    def __new__(cls, subject: int, seed: int) -> Self:
+        draw = super().__new__(cls, subject)
+        draw.seed = seed
+        return draw
+
+    def __getnewargs__(self) -> tuple[int, int]:
+        return int(self), self.seed
+
+
+class _SeededDraws:
+    """Of a dataset: a `Draw` gives the same patch whichever worker or process cuts it, and whatever was cut before."""
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, Draw):
+            self.transform.set_random_state(index.seed)
+        return super().__getitem__(index)
+
+
+class _InMemory(_SeededDraws, CacheDataset):
+    pass
+
+
+class _OnDisk(_SeededDraws, PersistentDataset):
+    pass
 
 
 def cached_dataset(
@@ -66,12 +95,12 @@ def cached_dataset(
             logger.info("%d subjects need %.1f GB of %.1f GB available", len(data), needed / 1e9, available / 1e9)
     if in_memory:
         # copying a volume takes longer than cutting a crop from it
-        return CacheDataset(data, transform, num_workers=num_workers, copy_cache=_first_random(transform) is None)
+        return _InMemory(data, transform, num_workers=num_workers, copy_cache=_first_random(transform) is None)
     Path(cache_dir).mkdir(parents=True, exist_ok=True)
     folder = tempfile.mkdtemp(prefix=".cache-", dir=cache_dir)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logger.info("prepared subjects are kept in %s until the end", folder)
-    return PersistentDataset(data, transform, cache_dir=folder)
+    return _OnDisk(data, transform, cache_dir=folder)
 
 
 def _compute_on_one_core() -> None:
@@ -189,8 +218,8 @@ def epoch_seed(*numbers: int) -> int:
 class CropSampler(DistributedSampler):
     """Which subjects the patches of an epoch are cut from: every subject as often as any other, in random order.
 
-    The order depends on the seed and the epoch only. Of several processes each draws the same and takes its share, so
-    that a batch of all together has the subjects that one process would give it.
+    The order and each patch depend on the seed and the epoch only. Of several processes each draws the same and takes
+    its share, so that a batch of all together has the patches that one process would give it.
 
     Args:
         dataset: the subjects.
@@ -204,7 +233,8 @@ class CropSampler(DistributedSampler):
         self.num_samples = -(-num_crops // ranks)
         self.total_size = self.num_samples * ranks
 
-    def __iter__(self) -> Iterator[int]:
+    def __iter__(self) -> Iterator[Draw]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = RandomSampler(self.dataset, num_samples=self.total_size, generator=generator)
-        return itertools.islice(order, self.rank, None, self.num_replicas)
+        for position, subject in itertools.islice(enumerate(order), self.rank, None, self.num_replicas):
+            yield Draw(subject, epoch_seed(self.seed, self.epoch, position))

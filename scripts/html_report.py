@@ -3,31 +3,23 @@
 import base64
 import hashlib
 import io
-import json
 import math
-import platform
-import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
 import matplotlib
-import monai
 import numpy as np
-import torch
 from ignite.engine import Engine, Events
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
 from scripts.distributed import gathered
-from scripts.exported import is_exported
-from scripts.inferers import network_precision
 from scripts.metrics import tissue_volumes
+from scripts.provenance import provenance
 from scripts.report import (
     DISAGREEMENT_COLOR,
     TISSUE_COLORS,
@@ -51,15 +43,11 @@ from scripts.report_warnings import (
     usual_range,
     volume_out_of_range,
 )
-from scripts.storage import without_credentials
 from scripts.transforms import Tissue
-from scripts.weights import checkpoint_paths, holds
 from scripts.writers import BackgroundWriter, read_csv, whole_files
 
 HERE = Path(__file__).parent
-METADATA = HERE.parent / "configs" / "metadata.json"
 NAME = "report.html"
-GIVEN = "not used: weights were given by the calling program"
 
 # scores in the tables and box plots: their columns, and the factor for what is shown
 SCORES = (("dice", "Dice in percent", 100), ("hd95", "HD95 in mm", 1), ("asd", "ASD in mm", 1))
@@ -256,25 +244,7 @@ class ReportSaver(BackgroundWriter):
     def note_provenance(self, engine: Engine) -> None:
         """Say what is about to run; a training may replace a checkpoint meanwhile."""
         self.parts.clear()
-        metadata = json.loads(METADATA.read_text(encoding="utf-8"))
-        paths = checkpoint_paths(self.settings["checkpoints"])
-        exported = any(is_exported(path) for path in paths)
-        # MONAI's federated client evaluates weights that it was sent, whether or not a checkpoint is there
-        given = len(paths) == 1 and not exported and not holds(paths[0], engine.network)
-        device = torch.device(engine.state.device)
-        precision = str(network_precision(device, self.settings["precision"])).removeprefix("torch.")
-        self.provenance = {
-            "date": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
-            "command": " ".join(
-                [Path(sys.orig_argv[0]).name, *map(_quoted, map(without_credentials, sys.orig_argv[1:]))]
-            ),
-            "bundle": f"{metadata['name']}, version {metadata['version']}",
-            "software": f"MONAI {monai.__version__}, PyTorch {torch.__version__}, Python {platform.python_version()}",
-            "device": f"{device}, {processes} processes" if (processes := idist.get_world_size()) > 1 else str(device),
-            "precision": "that of the exported network" if exported else precision,
-            **{f"checkpoint {path}": GIVEN if given or not Path(path).is_file() else _sha256(path) for path in paths},
-            **{f"setting {name}": without_credentials(str(value)) for name, value in self.settings.items()},
-        }
+        self.provenance = provenance(engine, self.settings)
 
     def write(self, item: dict[str, Any]) -> None:
         self.parts.append(subject_part(item, with_pictures=len(self.parts) < MOST_VIEWERS))
@@ -292,13 +262,3 @@ class ReportSaver(BackgroundWriter):
             (temporary / NAME).write_text(page, encoding="utf-8", errors="backslashreplace")
         found = "; ".join(f"{kind} ({', '.join(ids)})" for kind, ids in warnings_by_kind(parts).items())
         print(f"report: {self.output_dir / NAME}; warnings: {found or 'none'}")
-
-
-def _quoted(argument: str) -> str:
-    """An argument as a shell takes it, a list of texts as README.md writes it."""
-    return f'"{argument}"' if "'" in argument and not set(argument) & set('"$`\\!') else shlex.quote(argument)
-
-
-def _sha256(path: str) -> str:
-    with Path(path).open("rb") as file:
-        return f"SHA-256 {hashlib.file_digest(file, 'sha256').hexdigest()}"

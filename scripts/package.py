@@ -77,6 +77,7 @@ CONTENTS = (
     "scripts/phantom.py",
     "scripts/probabilities.py",
     "scripts/profiling.py",
+    "scripts/provenance.py",
     "scripts/report.html.jinja",
     "scripts/report.py",
     "scripts/report_pictures.py",

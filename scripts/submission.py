@@ -62,7 +62,7 @@ def submission(predictions: str, dataset_dir: str, output: str, subjects: Ids = 
     """Put segmentations into the zip that the iSeg-2017 challenge takes in, once all of them are in order.
 
     The zip is flat: `subject-<id>-label.hdr` and `.img`, uint8, 0 background, 10 CSF, 150 GM, 250 WM, each with the
-    header of the subject's T1. Like input gives the same bytes.
+    grid of the subject's T1. Like input gives the same bytes.
 
     Args:
         predictions: folder with `subject-<id>-label` as inference writes it, in NIfTI or Analyze.

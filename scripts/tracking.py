@@ -15,9 +15,9 @@ from ignite.engine import Engine, Events
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from monai.handlers import MLFlowHandler
 from monai.utils import optional_import
-from torch import nn
 
 from scripts.distributed import own_rank
+from scripts.provenance import shown
 from scripts.report import segmentation_picture
 from scripts.storage import CopyOut
 from scripts.writers import segmented_subjects
@@ -56,14 +56,6 @@ def run_name(kind: str, folder: str, tracking_uri: str, experiment_name: str, re
     return f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
 
-def _shown(value: Any) -> Any:
-    """A setting as it is; of a network, an optimiser and the like what it is."""
-    if isinstance(value, nn.Module):
-        return f"{type(value).__name__}, {sum(each.numel() for each in value.parameters()):,} parameters"
-    plain = value is None or isinstance(value, str | int | float | Sequence)
-    return value if plain else type(value).__name__
-
-
 class TrackedRun:
     """Handler that stands in for MONAI's MLFlowHandler: it adds settings and files to its run, and ends it.
 
@@ -96,7 +88,7 @@ class TrackedRun:
         known = client.get_run(run_id).data.params
         for name, value in self.parameters.items():
             if name not in known:
-                client.log_param(run_id, name, _shown(value))
+                client.log_param(run_id, name, shown(value))
 
     def finish(self) -> None:
         for file in self.files:

@@ -138,29 +138,34 @@ def _as_one_volume(values: np.ndarray, t1: SpatialImage) -> np.ndarray:
     return values.reshape(values.shape + (1,) * (len(t1.shape) - 3))
 
 
-def write_label(path: str | Path, label: np.ndarray, t1_path: str) -> None:
+def write_label(path: str | Path, label: np.ndarray, t1_path: str, description: str = "") -> None:
     """Write tissue labels so that they open beside the T1: same shape (a fourth dimension included) and affine.
+
+    Nothing else of the T1's header is in it, which may tell whose scan it is.
 
     Args:
         path: `.nii.gz` or `.nii` for values 0 to 3, `.hdr` for an Analyze pair with iSeg's 0, 10, 150, 250.
         label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, on the grid of the T1 file.
         t1_path: the T1 file, or the 4-D file of T1 and T2.
+        description: goes into the header's `descrip`, at most 79 characters.
     """
     path = Path(path)
     t1 = nib.load(t1_path)
     label = _as_one_volume(label, t1)
     if path.suffix == ".hdr":
         values = np.array(ISEG_VALUES, dtype=np.uint8)[label]
-        header = t1.header if isinstance(t1, nib.Spm2AnalyzeImage) else None
-        header_says_it = header is not None and np.allclose(header.get_best_affine(), t1.affine)
+        header_says_it = isinstance(t1, nib.Spm2AnalyzeImage) and np.allclose(t1.header.get_best_affine(), t1.affine)
         # given an affine, nibabel writes a .mat file beside the pair
-        image = nib.Spm2AnalyzeImage(values, None if header_says_it else t1.affine, header)
-        image.set_data_dtype(np.uint8)
-        if not header_says_it:  # readers that don't know of the .mat file take the voxel at 0 mm, counted from 1
+        image = nib.Spm2AnalyzeImage(values, None if header_says_it else t1.affine)
+        if header_says_it:
+            image.header.set_zooms(t1.header.get_zooms())
+            image.header["origin"] = t1.header["origin"]
+        else:  # readers that don't know of the .mat file take the voxel at 0 mm, counted from 1
             image.header["origin"][:3] = np.round(np.linalg.inv(t1.affine)[:3, 3]) + 1
     else:
         image = nib.Nifti1Image(label, t1.affine)
         image.header.set_xyzt_units("mm")
+    image.header["descrip"] = description.encode()
     with whole_files(path.parent) as temporary:
         nib.save(image, temporary / path.name)
 
@@ -250,17 +255,19 @@ class LabelSaver(BackgroundWriter):
     Args:
         output_dir: the folder to write to.
         suffix: '.nii.gz' or '.nii' for NIfTI with labels 0 to 3, '.hdr' for Analyze pairs with iSeg's values.
+        made_by: see `scripts.provenance.made_by`; stands in the images.
 
     Raises:
         InputError: another suffix is asked for.
     """
 
-    def __init__(self, output_dir: str, suffix: str = ".nii.gz") -> None:
+    def __init__(self, output_dir: str, suffix: str = ".nii.gz", made_by: str = "") -> None:
         super().__init__(output_dir)
         if suffix not in (".nii.gz", ".nii", ".hdr"):
             raise InputError(f"--label_suffix must be '.nii.gz', '.nii' or '.hdr', got {suffix!r}")
         self.suffix = suffix
+        self.made_by = made_by
 
     def write(self, item: dict[str, Any]) -> None:
         path = result_path(self.output_dir, item, "label", self.suffix)
-        write_label(path, item["pred"][0].cpu().numpy(), item["t1"].meta["filename_or_obj"])
+        write_label(path, item["pred"][0].cpu().numpy(), item["t1"].meta["filename_or_obj"], self.made_by)

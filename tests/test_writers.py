@@ -81,7 +81,8 @@ def test_analyze_label_of_an_iseg_subject(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["label.hdr", "label.img"]
     assert label.shape == t1.shape == (5, 6, 7, 1)
     np.testing.assert_array_equal(label.affine, t1.affine)
-    assert label.header["descrip"] == t1.header["descrip"]
+    for field in ("dim", "pixdim", "origin"):
+        np.testing.assert_array_equal(label.header[field], t1.header[field])
     assert label.get_data_dtype() == np.uint8
     np.testing.assert_array_equal(np.asarray(label.dataobj)[..., 0], np.array([0, 10, 150, 250])[LABEL])
 

@@ -1,0 +1,147 @@
+"""How results came about: with which version, weights, packages and command."""
+
+import hashlib
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+
+from scripts.exported import is_exported
+from scripts.inferers import network_precision
+from scripts.storage import without_credentials
+from scripts.weights import checkpoint_paths, holds
+from scripts.writers import whole_files
+
+METADATA = Path(__file__).parents[1] / "configs" / "metadata.json"
+GIVEN = "not used: weights were given by the calling program"
+
+
+def metadata() -> dict[str, Any]:
+    """The content of `configs/metadata.json`."""
+    return json.loads(METADATA.read_text(encoding="utf-8"))
+
+
+def software() -> str:
+    """Python and the packages that `configs/metadata.json` names, each with the version that is installed."""
+    named = metadata()
+    versions = {"Python": platform.python_version()}
+    for package in ("monai", "torch", "numpy", *named["required_packages_version"]):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:  # in a program that was put together without packages' own records
+            versions[package] = "unknown"
+    return ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
+def command() -> str:
+    """The command of this process, as a shell takes it, without credentials in URLs."""
+    return " ".join([Path(sys.orig_argv[0]).name, *map(_quoted, map(without_credentials, sys.orig_argv[1:]))])
+
+
+def _quoted(argument: str) -> str:
+    """An argument as a shell takes it, a list of texts as README.md writes it."""
+    return f'"{argument}"' if "'" in argument and not set(argument) & set('"$`\\!') else shlex.quote(argument)
+
+
+def sha256(*paths: str | Path) -> str:
+    """SHA-256 of what files hold, one after the other."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(Path(path).read_bytes())
+    return digest.hexdigest()
+
+
+def shown(value: Any) -> Any:
+    """A setting as it is; of a network, an optimiser and the like what it is."""
+    if isinstance(value, torch.nn.Module):
+        return f"{type(value).__name__}, {sum(each.numel() for each in value.parameters()):,} parameters"
+    plain = value is None or isinstance(value, str | int | float | Sequence)
+    return value if plain else type(value).__name__
+
+
+def provenance(engine: Engine, settings: Mapping[str, Any]) -> dict[str, str]:
+    """How results come about that an engine is about to make, by what is told.
+
+    Args:
+        engine: of a network.
+        settings: to be told, by name; `precision` is among them, and `checkpoints` where they give the weights.
+    """
+    device = torch.device(engine.state.device)
+    precision = str(network_precision(device, settings["precision"])).removeprefix("torch.")
+    paths = checkpoint_paths(settings["checkpoints"]) if "checkpoints" in settings else []
+    exported = any(map(is_exported, paths))
+    # MONAI's federated client evaluates weights that it was sent, whether or not a checkpoint is there
+    given = len(paths) == 1 and not exported and not holds(paths[0], engine.network)
+    if start := settings.get("start_from"):
+        paths.append(start)
+    return {
+        "date": datetime.now().astimezone().isoformat(sep=" ", timespec="seconds"),
+        "command": command(),
+        "bundle": f"{metadata()['name']}, version {metadata()['version']}",
+        "software": software(),
+        "device": f"{device}, {processes} processes" if (processes := idist.get_world_size()) > 1 else str(device),
+        "precision": "that of the exported network" if exported else precision,
+        **{
+            f"checkpoint {path}": GIVEN if given or not Path(path).is_file() else f"SHA-256 {sha256(path)}"
+            for path in paths
+        },
+        **{f"setting {name}": without_credentials(str(shown(value))) for name, value in settings.items()},
+    }
+
+
+def made_by(checkpoints: str | Sequence[str]) -> str:
+    """Bundle, version and weights in at most 79 characters, which a label image has for it.
+
+    Args:
+        checkpoints: as `scripts.weights.checkpoint_paths` takes it. The weights are told by the first characters of
+            their SHA-256, those of several checkpoints by that of all in a row.
+
+    Raises:
+        InputError: as `checkpoint_paths`.
+    """
+    paths = [path for path in checkpoint_paths(checkpoints) if Path(path).is_file()]
+    return f"infant_brain_mri_skipdenseseg {metadata()['version']}, weights {sha256(*paths)[:16]}"
+
+
+class ProvenanceSaver:
+    """Handler that writes how the results of a run come about, as `<kind>-provenance.json`, when the run starts.
+
+    Args:
+        output_dir: the folder of the results.
+        kind: of the run: 'training', 'evaluation', 'inference'.
+        settings: see `provenance`.
+        weights: a checkpoint that the run makes; its SHA-256 is added at the end.
+    """
+
+    def __init__(self, output_dir: str, kind: str, settings: Mapping[str, Any], weights: str | None = None) -> None:
+        self.path = Path(output_dir) / f"{kind}-provenance.json"
+        self.settings = settings
+        self.weights = weights
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.begin)
+        engine.add_event_handler(Events.COMPLETED, self.finish)
+
+    @idist.one_rank_only()
+    def begin(self, engine: Engine) -> None:
+        self.told = provenance(engine, self.settings)
+        self._write()
+
+    @idist.one_rank_only()
+    def finish(self) -> None:
+        if self.weights and Path(self.weights).is_file():
+            self.told[f"weights {self.weights}"] = f"SHA-256 {sha256(self.weights)}"
+            self._write()
+
+    def _write(self) -> None:
+        with whole_files(self.path.parent) as temporary:
+            (temporary / self.path.name).write_text(json.dumps(self.told, indent=4) + "\n", encoding="utf-8")
