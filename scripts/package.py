@@ -18,6 +18,7 @@ WEIGHTS = "models/model.pt"
 # by name, so that nothing else that lies in these folders gets in
 CONTENTS = (
     "LICENSE",
+    "requirements-hashed.txt",
     "requirements-monailabel-no-deps.txt",
     "requirements-monailabel.txt",
     "requirements.txt",

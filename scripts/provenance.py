@@ -113,7 +113,7 @@ def made_by(checkpoints: str | Sequence[str]) -> str:
 
 
 class ProvenanceSaver:
-    """Handler that writes how the results of a run come about, as `<kind>-provenance.json`, when the run starts.
+    """Handler that writes how the results of a run come about, as `<kind>-provenance.json`, once there are any.
 
     Args:
         output_dir: the folder of the results.
@@ -126,22 +126,27 @@ class ProvenanceSaver:
         self.path = Path(output_dir) / f"{kind}-provenance.json"
         self.settings = settings
         self.weights = weights
+        self.told: dict[str, str] = {}
+        self.written = False
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.begin)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
+        engine.add_event_handler(Events.STARTED, self.note)
+        engine.add_event_handler(Events.ITERATION_COMPLETED, self.write_once)
+        engine.add_event_handler(Events.COMPLETED, self.write)
+
+    def note(self, engine: Engine) -> None:
+        """Look before anything is made: a training may replace the checkpoint that it started from."""
+        self.told, self.written = provenance(engine, self.settings), False
+
+    def write_once(self) -> None:
+        if not self.written:
+            self.write()
 
     @idist.one_rank_only()
-    def begin(self, engine: Engine) -> None:
-        self.told = provenance(engine, self.settings)
-        self._write()
-
-    @idist.one_rank_only()
-    def finish(self) -> None:
-        if self.weights and Path(self.weights).is_file():
-            self.told[f"weights {self.weights}"] = f"SHA-256 {sha256(self.weights)}"
-            self._write()
-
-    def _write(self) -> None:
+    def write(self) -> None:
+        made = {}
+        if self.written and self.weights and Path(self.weights).is_file():
+            made = {f"weights {self.weights}": f"SHA-256 {sha256(self.weights)}"}
         with whole_files(self.path.parent) as temporary:
-            (temporary / self.path.name).write_text(json.dumps(self.told, indent=4) + "\n", encoding="utf-8")
+            (temporary / self.path.name).write_text(json.dumps(self.told | made, indent=4) + "\n", encoding="utf-8")
+        self.written = True

@@ -195,7 +195,11 @@ def test_inference_does_the_good_ones_of_a_folder_and_lists_the_bad_ones(tmp_pat
     assert segmented_in(output) == names == {row["subject"] for row in read_csv(output / "volumes.csv")}
     pictures = {f"subject-{name}-label.png" for name in names}
     labels = {f"subject-{name}-label.nii.gz" for name in names}
-    assert {path.name for path in output.iterdir()} == pictures | labels | {"volumes.csv", "report.html"}
+    assert {path.name for path in output.iterdir()} == pictures | labels | {
+        "volumes.csv",
+        "report.html",
+        "inference-provenance.json",
+    }
 
 
 TRUNCATED = next(case for case in CASES if case.subject == "truncated-nii-gz")

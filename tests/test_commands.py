@@ -219,6 +219,7 @@ def test_unlabelled_subjects_are_segmented_by_default_also_as_analyze(dataset, t
     result = segment(dataset, tmp_path, "--label_suffix", ".hdr")
     assert result.returncode == 0, result.stderr
     names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11-label.png", "volumes.csv", "report.html"}
+    names.add("inference-provenance.json")
     assert {path.name for path in tmp_path.iterdir()} == names
     assert set(np.unique(np.asarray(nib.load(tmp_path / "subject-11-label.hdr").dataobj))) <= {0, 10, 150, 250}
 
@@ -421,7 +422,7 @@ def test_damaged_subject_after_a_good_one(own_dataset, tmp_path):
     assert result.returncode != 0
     assert message in last_line(result)
     # what was finished is whole, and of the other there is nothing
-    names = {"subject-9-label.nii.gz", "subject-9-label.png", "volumes.csv", "report.html"}
+    names = {"subject-9-label.nii.gz", "subject-9-label.png", "volumes.csv", "report.html", "inference-provenance.json"}
     assert {path.name for path in output.iterdir()} == names
     assert [row["subject"] for row in read_csv(output / "volumes.csv")] == ["9"]
 

@@ -19,7 +19,7 @@ from threading import Thread
 import monai.bundle
 import pytest
 import torch
-from conftest import QUICK, ROOT, bundle, save_subject, server
+from conftest import QUICK, ROOT, bundle, copy_bundle, save_subject, server
 from huggingface_hub import ModelCard
 from test_docs import blocks
 
@@ -315,7 +315,13 @@ def followed_page(dist, clean_environment, brains, tmp_path_factory) -> Path:
 @pytest.mark.slow
 def test_page_leads_from_nothing_to_a_segmentation(followed_page):
     names = {path.name for path in (followed_page / "labels").iterdir()}
-    assert names == {"subject-11-label.nii.gz", "subject-11-label.png", "volumes.csv", "report.html"}
+    assert names == {
+        "subject-11-label.nii.gz",
+        "subject-11-label.png",
+        "volumes.csv",
+        "report.html",
+        "inference-provenance.json",
+    }
     assert {path.name for path in followed_page.iterdir()} == {"bundles", "labels", "scans"}
 
 
@@ -378,3 +384,41 @@ def test_model_zoo_checks_pass(followed_page, clean_environment, tmp_path):
     (tmp_path / "checks.py").write_text(ZOO_CHECKS)
     command = f"python checks.py {followed_page / 'bundles' / NAME} {followed_page / 'scans'}"
     assert run_commands([command], tmp_path, clean_environment).count("missing properties: []\n") == 2
+
+
+def pinned(name: str) -> dict[str, str]:
+    """Versions by package in a file of requirements."""
+    return dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / name).read_text(), re.MULTILINE))
+
+
+def test_requirements_with_checksums_have_the_same_versions():
+    plain, hashed = pinned("requirements.txt"), pinned("requirements-hashed.txt")
+    assert plain.pop("torch")
+    assert plain.items() <= hashed.items()
+    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "requirements-hashed.txt").read_text(), flags=re.MULTILINE)[1:]
+    assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
+
+
+@pytest.mark.slow
+def test_requirements_with_checksums_can_be_installed(tmp_path):
+    """With torch, as the page has it, taken from the environment of the tests."""
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "venv")], check=True)
+    (command,) = page_commands("pip install --require-hashes")
+    command = command.replace("bundles/infant_brain_mri_skipdenseseg/", f"{ROOT}/")
+    run_commands([command], tmp_path, tmp_path / "venv" / "bin")
+    (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
+    installed = {path.name.split("-")[0].lower() for path in site.glob("*.dist-info")}
+    assert {name.replace("-", "_").replace(".", "_") for name in pinned("requirements-hashed.txt")} <= installed
+
+
+@pytest.mark.slow
+def test_list_of_packages_lies_beside_the_zip(tmp_path):
+    home, venv = copy_bundle(tmp_path / "home"), ROOT / ".venv"
+    command = ["make", f"VENV={venv}", "-o", f"{venv}/.installed-dev", "package"]
+    result = subprocess.run(command, cwd=home, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    listed = json.loads((home / "dist" / ZIP.replace(".zip", ".cdx.json")).read_text())
+    assert listed["bomFormat"] == "CycloneDX"
+    versions = {component["name"]: component["version"] for component in listed["components"]}
+    assert pinned("requirements.txt").items() <= versions.items()
+    assert pinned("requirements-hashed.txt").items() <= versions.items()

@@ -186,7 +186,13 @@ def test_nothing_is_made_unasked_and_the_label_stays(scan, tmp_path):
     plain = run(scan, tmp_path / "plain")
     assert set(plain.evaluator.state.output[0]) == {"image", "label", "pred"}
     names = {path.name for path in (tmp_path / "plain").iterdir()}
-    assert names == {"subject-3-label.nii.gz", "subject-3-label.png", "volumes.csv", "report.html"}
+    assert names == {
+        "subject-3-label.nii.gz",
+        "subject-3-label.png",
+        "volumes.csv",
+        "report.html",
+        "inference-provenance.json",
+    }
     asked = run(scan, tmp_path / "asked", probabilities=True, uncertainty="network")
     assert torch.equal(asked.evaluator.state.output[0]["pred"], plain.evaluator.state.output[0]["pred"])
     added = {path.name for path in (tmp_path / "asked").iterdir()} - names

@@ -675,7 +675,13 @@ def test_all_commands_by_url_give_what_they_give_by_path(s3, dataset, tmp_path, 
     inferred = bundle(*by_url(*infer, *out, cache=cache))
     assert inferred.returncode == 0, inferred.stderr
     assert last_line_of_output(inferred) == "copied to s3://brains/labels"
-    names = ["report.html", "subject-11-label.nii.gz", "subject-11-label.png", "volumes.csv"]
+    names = [
+        "inference-provenance.json",
+        "report.html",
+        "subject-11-label.nii.gz",
+        "subject-11-label.png",
+        "volumes.csv",
+    ]
     assert s3.find("brains/labels") == [f"brains/labels/{name}" for name in names]
 
     run_by_path(["train", "evaluate"], "evaluating", dataset, copy, tmp_path / "eval")
