@@ -52,6 +52,7 @@ CONTENTS = (
     "docs/probabilities_and_uncertainty.md",
     "docs/reading_the_report.md",
     "docs/settings.md",
+    "docs/reliability.md",
     "docs/several_devices.md",
     "docs/synthetic_scans.md",
     "docs/training_recipe.md",
