@@ -19,13 +19,14 @@ import pytest
 import torch
 from conftest import QUICK, ROOT, last_line, save_subject
 from PIL import Image
+from test_distributed import run, torchrun
 from test_resume import same
 
 from scripts.errors import InputError, one_line_of
 from scripts.writers import alone, read_csv, whole_files
 
 # Starts the bundle's command line in processes that are forked from one that has imported what it imports, so that each
-# takes a second less of importing, and hands out their exit status. What is to fail in one is arranged by `first`.
+# is spared the longest part of its start, and hands out their exit status. `first` arranges what is to fail in one.
 FORKING = """
 import json, os, runpy, signal, sys
 import monai.bundle, torch.utils.tensorboard
@@ -231,11 +232,11 @@ def test_what_killed_runs_left_unfinished_is_removed_by_the_next_of_their_kind(t
 @pytest.mark.parametrize("busy", ["training's checkpoints", slow("training"), slow("evaluating"), "segmenting"])
 def test_second_run_on_a_folder_is_refused(commands, scans, tmp_path, busy):
     output = tmp_path / "out"
-    run = {"evaluating": evaluating(scans, output), "segmenting": segmenting(scans, output)}
-    kind = "results" if busy in run else "training"
+    of_results = {"evaluating": evaluating(scans, output), "segmenting": segmenting(scans, output)}
+    kind = "results" if busy in of_results else "training"
     busy_folder = tmp_path / "weights" if busy == "training's checkpoints" else output
     with alone(kind, [str(busy_folder)]):
-        result = commands.run(run.get(busy, training(scans, output, "--ckpt_dir", str(tmp_path / "weights"))))
+        result = commands.run(of_results.get(busy, training(scans, output, "--ckpt_dir", str(tmp_path / "weights"))))
         assert names(busy_folder) == {f".{kind}.lock"}
     assert_one_line(result, f"{busy_folder}: another run ({kind}) is writing here", "choose another folder")
     assert not any(output.iterdir())
@@ -249,6 +250,31 @@ def test_network_so_far_is_scored_while_training_goes_on_and_a_folder_is_free_ag
     assert not any(tmp_path.iterdir())
     with alone("training", [str(tmp_path)]):
         pass
+
+
+RANKS = """
+import os, sys
+sys.path.insert(0, os.getcwd())
+import ignite.distributed as idist
+import torch
+from scripts.distributed import join, leave
+from scripts.writers import alone, whole_files
+
+join(sys.argv[1], torch.device("cpu"))
+with alone("results", [sys.argv[1]]), whole_files(sys.argv[1]) as temporary:
+    (temporary / f"{idist.get_rank()}.txt").touch()
+leave()
+"""
+
+
+@pytest.mark.slow
+def test_processes_of_one_run_count_as_one(tmp_path):
+    (tmp_path / "ranks.py").write_text(RANKS)
+    output = tmp_path / "out"
+    (output / ".unfinished-results-a").mkdir(parents=True)
+    result = run(torchrun(2, str(tmp_path / "ranks.py"), str(output)))
+    assert result.returncode == 0, result.stderr
+    assert names(output) == {"0.txt", "1.txt", "rank-0.log", "rank-1.log"}
 
 
 def test_file_system_without_locks(monkeypatch, tmp_path):
@@ -413,7 +439,7 @@ def test_reading_that_fails_ends_the_command(commands, scans, tmp_path, command,
     assert not [name for name in names(tmp_path) if name[0] == "."]
 
 
-# the clock of day goes back by a day when the network has computed for the second time
+# the clock of day goes back by a day after some of the network's convolutions, in its second pass or step
 CLOCK = """
 import time, torch, tqdm.std
 true, calls, step = time.time, [], torch.nn.Conv3d.forward
