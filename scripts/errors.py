@@ -1,9 +1,13 @@
 """What a person sees when something is wrong with what they gave."""
 
+import errno
 import sys
 from types import TracebackType
 
 from ignite.engine import Engine, Events
+from tqdm import tqdm
+
+UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
 
 
 class InputError(ValueError):
@@ -31,25 +35,51 @@ def input_error_in(error: BaseException | None) -> InputError | None:
     return error
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error is Python's, NumPy's or PyTorch's way to say that there is no memory left."""
+    # PyTorch has a kind of error for a GPU's memory, and none for that of a processor
+    told = ("out of memory", "can't allocate memory", "bad_alloc")
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
+
+
+def one_line_of(error: BaseException) -> str | None:
+    """What a person is told, in one line, of an error that isn't a fault of the program; None of another."""
+    if input_error := input_error_in(error):
+        return f"error: {input_error}"
+    while error.__cause__:  # MONAI wraps what its components raise
+        error = error.__cause__
+    reason = " ".join(str(error).split())
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped from the keyboard; what was finished is kept, and a training goes on by --resume True"
+    if ran_out_of_memory(error):
+        remedy = "lower --batch_size or --patch_size to train, --window_size to score or segment, or free some"
+        return f"error: memory ran out ({reason}); {remedy}"
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        return f"error: {reason}; make room or allow it, or choose another folder"
+    return None
+
+
 def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    input_error = input_error_in(error)
-    if input_error is None:
+    line = one_line_of(error)
+    if line is None:
         sys.__excepthook__(kind, error, traceback)
     else:
-        print(f"error: {input_error}", file=sys.stderr)
+        for bar in list(tqdm._instances):  # else the line would stand behind a progress bar
+            bar.close()
+        print(line, file=sys.stderr)
 
 
 def show_input_errors_in_one_line() -> None:
-    """From here on an uncaught InputError ends the process with its message alone; others keep their traceback."""
+    """From here on what `one_line_of` knows ends the process with that line; other errors keep their traceback."""
     sys.excepthook = _show
 
 
 class InputErrorsPass:
-    """Handler that lets an InputError out of an engine before MONAI's handlers after it log it with its traceback."""
+    """Handler that lets what `one_line_of` knows out of an engine before MONAI's handlers log it with its traceback."""
 
     def attach(self, engine: Engine) -> None:
         engine.add_event_handler(Events.EXCEPTION_RAISED, self.let_out)
 
-    def let_out(self, error: Exception) -> None:
-        if input_error_in(error):
+    def let_out(self, error: BaseException) -> None:
+        if one_line_of(error):
             raise error

@@ -16,7 +16,7 @@ from monai.inferers import Inferer, SlidingWindowInferer
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from scripts.errors import InputError, require_true_or_false, require_whole_numbers
+from scripts.errors import InputError, ran_out_of_memory, require_true_or_false, require_whole_numbers
 from scripts.exported import ExportedNetwork, is_exported
 from scripts.weights import checkpoint_paths, load_weights
 
@@ -182,6 +182,9 @@ class LargestWindowInferer(SlidingWindowInferer):
 
     Args:
         roi_size: 'auto', or the largest window, multiples of the network's stride.
+
+    Raises:
+        InputError: when called, if memory runs out all the same.
     """
 
     def __init__(self, roi_size: Sequence[int] | str = "auto", **kwargs: Any) -> None:
@@ -193,10 +196,10 @@ class LargestWindowInferer(SlidingWindowInferer):
     ) -> torch.Tensor:
         size = list(inputs.shape[2:])
         fitting = copy.copy(self)
+        bytes_per_voxel = BYTES_PER_VOXEL / (2 if torch.is_autocast_enabled(inputs.device.type) else 1)
+        available = available_memory(inputs.device)
         if self.automatic:
-            half = torch.is_autocast_enabled(inputs.device.type)
-            available = available_memory(inputs.device)
-            fitting.roi_size = fitting_window(size, available / (BYTES_PER_VOXEL / (2 if half else 1)))
+            fitting.roi_size = fitting_window(size, available / bytes_per_voxel)
             reason = f"{available / 1e9:.1f} GB available"
         else:
             fitting.roi_size = [min(window, side) for window, side in zip(self.roi_size, size, strict=True)]
@@ -204,7 +207,16 @@ class LargestWindowInferer(SlidingWindowInferer):
         window = " x ".join(map(str, fitting.roi_size))
         ways = "one pass over" if fitting.roi_size == size else f"windows of {window} over"
         logger.info("%s %s voxels (%s)", ways, " x ".join(map(str, size)), reason)
-        return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)
+        try:
+            return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)
+        except Exception as error:
+            if not ran_out_of_memory(error):
+                raise
+            needed = math.prod(fitting.roi_size) * bytes_per_voxel
+            raise InputError(
+                f"memory ran out: a window of {window} voxels needs up to {needed / 1e9:.1f} GB and "
+                f"{available / 1e9:.1f} GB were free; free more, or give a smaller --window_size, like [64,64,64]"
+            ) from error
 
 
 def with_dropout(network: Callable[..., torch.Tensor]) -> nn.Module:

@@ -164,11 +164,12 @@ class TimeReport:
         engine.add_event_handler(Events.COMPLETED, self.tell)
 
     def begin(self) -> None:
-        self.last = time.time()
-        self.start_up = self.last - psutil.Process().create_time()
+        self.last = time.monotonic()
+        # the clock of day may have been set back since
+        self.start_up = max(0.0, time.time() - psutil.Process().create_time())
 
     def end_span(self, name: str) -> None:
-        now = time.time()
+        now = time.monotonic()
         self.seconds[name] += now - self.last
         self.last = now
 

@@ -7,8 +7,9 @@ import os
 import platform
 import re
 import sys
+import time
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
@@ -16,7 +17,9 @@ from typing import Any
 
 import monai.bundle
 import torch
+import tqdm.std
 from fire.parser import DefaultParseValue
+from ignite.engine import Engine
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
 from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import ensure_tuple, set_determinism
@@ -24,6 +27,7 @@ from monai.utils import ensure_tuple, set_determinism
 from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
 from scripts.exported import is_exported
 from scripts.subjects import Ids
+from scripts.writers import alone
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -134,6 +138,18 @@ def require_training_settings(
         raise InputError(f"--start_from {start_from}: no such file; name a checkpoint, like models/model.pt")
 
 
+def require_alone(kind: str, folders: Iterable[str]) -> None:
+    """Refuse a second run before it reads anything; raises InputError as `scripts.writers.alone`."""
+    with alone(kind, folders):
+        pass
+
+
+def run_alone(engine: Engine, kind: str, folders: Iterable[str]) -> None:
+    """Run an engine while no other run of its kind writes to its folders; raises InputError as `alone`."""
+    with alone(kind, folders):
+        engine.run()
+
+
 def keep_freed_memory() -> None:
     """Let the C library keep large blocks for the next step instead of giving them back and clearing new ones.
 
@@ -163,6 +179,8 @@ def start(seed: int) -> None:
         show_input_errors_in_one_line()
         refuse_unknown_overrides(sys.argv[1:])
         require_tracking_package(sys.argv[1:])
+        # progress is timed by the clock of day, which may be set back
+        tqdm.std.time = time.monotonic
     # MLflow, if there is one, would tell its makers of its use
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     keep_freed_memory()

@@ -1,29 +1,31 @@
 """Files that are whole or not there: label images, tables and whatever else a command leaves behind."""
 
 import csv
-import errno
+import shutil
 import zipfile
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 from weakref import WeakSet
 
+import ignite.distributed as idist
 import nibabel as nib
 import numpy as np
+from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError, SpatialImage
 
 from scripts.bids import derivative_path
-from scripts.errors import InputError
+from scripts.errors import UNWRITABLE, InputError
 from scripts.transforms import ISEG_VALUES
 
-UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR}
+UNFINISHED = ".unfinished-"
 
 
 class _TabSeparated(csv.excel_tab):
@@ -54,7 +56,7 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".unfinished-", dir=directory) as temporary:
+        with TemporaryDirectory(prefix=UNFINISHED + _kind_of_run, dir=directory) as temporary:
             yield Path(temporary)
             for path in sorted(Path(temporary).iterdir(), reverse=True):  # an .img before the .hdr that speaks of it
                 path.replace(directory / path.name)
@@ -65,6 +67,52 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
                 f"{directory}: can't be written ({reason}); make room or allow it, or choose another folder"
             ) from error
         raise
+
+
+_kind_of_run = ""  # of the run in this process, in the names of its temporary folders
+
+
+@contextmanager
+def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
+    """A block in which no other run of this kind writes to the folders; what killed ones left unfinished is removed.
+
+    The system frees a folder when its process ends, however it does. Of processes that `torchrun` started the first one
+    speaks for all. Where a file system has no locks the block goes on without, and removes nothing.
+
+    Args:
+        kind: 'training', or 'results' of scoring and segmenting. A training writes other files than those two, so the
+            best network so far may be scored meanwhile.
+        folders: are made if need be.
+
+    Raises:
+        InputError: another run of this kind is in one of them, or nothing can be written there.
+    """
+    global _kind_of_run
+    with ExitStack() as stack:
+        for folder in dict.fromkeys(Path(folder).resolve() for folder in folders) if idist.get_rank() == 0 else ():
+            with whole_files(folder):
+                pass  # tells what can't be written before anything is computed
+            path = folder / f".{kind}.lock"
+            try:
+                # another one that looks whether it is alone has it for a moment
+                stack.enter_context(FileLock(path, timeout=1, fallback_to_soft=False))
+            except Timeout:
+                raise InputError(
+                    f"{folder}: another run ({kind}) is writing here; wait until it ends, or choose another folder by "
+                    f"--output_dir{', --ckpt_dir' if kind == 'training' else ''}"
+                ) from None
+            except OSError:  # a network file system may have none
+                continue
+            stack.callback(path.unlink, missing_ok=True)
+            for below in ("", "sub-*/**/"):  # where the results of a BIDS dataset lie
+                for unfinished in folder.glob(f"{below}{UNFINISHED}{kind}-*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+        idist.barrier()  # before others write
+        _kind_of_run = f"{kind}-"
+        try:
+            yield
+        finally:
+            _kind_of_run = ""
 
 
 def made_already(paths: Iterable[Path], description: str) -> bool:

@@ -78,7 +78,7 @@ def test_what_runs_for_each_fold(dataset, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own.json").write_text('{"batch_size": 2}')
     settings = {"epochs": 7, "patch_size": [32, 32, 32], "network_def#growth_rate": 8, "device": "cpu", "flips": True}
-    of_training = {"validate#handlers#4#network": "@network"}
+    of_training = {"validate#handlers#5#network": "@network"}
     cross_validate(str(dataset), "cv", "leave-one-out", config_file="own.json", **settings, **of_training)
     assert [task for task, _ in runs.commands] == ["training", "evaluating"] * 3
     train, own, evaluate = (
