@@ -43,8 +43,8 @@ def test_checkpoint_with_code_is_refused_and_not_run(dataset, tmp_path, name):
     if name == "--checkpoints":
         message = refusal(dataset, output, "inference.json", checkpoints=str(path))
     else:
-        setting = {"start_from": str(path)} if name == "--start_from" else {"resume": True}
-        message = refusal(dataset, output, "train.json", "recipes/robust.json", ckpt_dir=str(output), **QUICK, **setting)
+        settings = QUICK | ({"start_from": str(path)} if name == "--start_from" else {"resume": True})
+        message = refusal(dataset, output, "train.json", "recipes/robust.json", ckpt_dir=str(output), **settings)
     assert message.startswith(f"{path}: refers to exec, so loading it could run code; it wasn't loaded")
     assert path.read_bytes() == before
     assert not touched.exists()
