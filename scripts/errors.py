@@ -11,7 +11,14 @@ UNWRITABLE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES
 
 
 class InputError(ValueError):
-    """Something given from outside can't be used. The message is one line: what, what is wrong with it, what to do."""
+    """Something given from outside can't be used. The message is one line: what, what is wrong with it, what to do.
+
+    Args:
+        message: line breaks and the like, which quoted text may have, are shown by their escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
 
 def require_whole_numbers(least: int, **settings: int) -> None:

@@ -75,7 +75,10 @@ def _from_mindspore(path: str) -> tuple[dict[str, torch.Tensor], int]:
             continue
         if (ours := name_from_mindspore(name)) in state:
             raise InputError(f"{path}: has {ours} under two names, the second {name}; give that of one network")
-        state[ours] = torch.tensor(entry.asnumpy(), dtype=torch.float32)
+        values = entry.asnumpy()
+        if values.dtype.kind not in "biuf":
+            raise InputError(f"{path}: {name} isn't of real numbers, but of {values.dtype}; give the published file")
+        state[ours] = torch.tensor(values, dtype=torch.float32)
     return state, left_out
 
 
@@ -135,8 +138,6 @@ def import_weights(checkpoint: str, output: str) -> None:
             state.setdefault(name, tensor)
     require_fit(state, network, checkpoint, "give one of the compact or the paper variant of 3D-SkipDenseSeg")
     for name, tensor in state.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{checkpoint}: {name} has NaN or infinite values; give another epoch's checkpoint")
         if tensor.ndim == 5:
             state[name] = tensor.permute(0, 1, 3, 4, 2)
     network.load_state_dict(state)

@@ -47,6 +47,10 @@ def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[
         "hd_max": compute_hausdorff_distance(*pair, spacing=spacing),
         "asd": compute_average_surface_distance(*pair, symmetric=True, spacing=spacing),
     }
+    found, there = (x[:, 1:].flatten(2).any(-1) for x in pair)
+    for name in ("hd95", "hd_max", "asd"):  # MONAI's are infinite in both cases, but for percentiles, which are NaN
+        scores[name][~found] = torch.inf
+        scores[name][~there] = torch.nan
     row: dict[str, float] = {}
     for name, values in scores.items():
         by_tissue = values[0].tolist()

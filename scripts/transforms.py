@@ -45,6 +45,7 @@ LARGEST_BRAIN = 2000
 LONGEST_SIDE = 512  # mm; in HDF5, which is of 1 mm, voxels
 VOXEL_SIZES = (0.1, 10)  # mm
 MOST_VALUES = 2**28  # of all volumes in a file; 1 GB as float32
+LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes that a byte of such a file may become when read
 # volume of a voxel as a share of what it would be with right angles; resampling undoes a shear, within reason
 SMALLEST_SHARE_OF_CUBOID = 0.8
 # mm between the corners of two grids that are the same but for rounding
@@ -86,6 +87,7 @@ def _image_and_values(path: str) -> tuple[nib.spatialimages.SpatialImage, np.nda
         return path.image, path.image.get_fdata(dtype=np.float32, caching="unchanged")
     image = nib.load(path, mmap=False)
     require_brain_scan(path, image)
+    _require_room(image)
     with ImageOpener(path) as file:
         stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
         if not stored_sizes.all():  # nibabel takes 1 mm then
@@ -97,6 +99,15 @@ def _image_and_values(path: str) -> tuple[nib.spatialimages.SpatialImage, np.nda
         while file.read(2**20):  # only at the end of the file its checksum is compared
             pass
     return image, values
+
+
+def _require_room(image: nib.spatialimages.SpatialImage) -> None:
+    """Raise EOFError where a file is too short for its values: nibabel takes memory for all of them before it reads."""
+    path = Path(image.file_map["image"].filename)
+    needed = math.prod(image.shape) * image.get_data_dtype().itemsize
+    size = path.stat().st_size
+    if size * LARGEST_EXPANSION.get(path.suffix.lower(), math.inf) < needed:
+        raise EOFError(f"{size:,} bytes can't hold {needed:,} of shape {image.shape}")
 
 
 def _voxels(sizes: Iterable[float]) -> str:
@@ -331,11 +342,12 @@ def read_hdf5(path: str) -> tuple[np.ndarray, np.ndarray]:
         raise InputError(f"{path}: can't be read ({reason}); copy or prepare the file again") from error
     if label.shape[1:] != data.shape[1:]:
         raise InputError(f"{path}: shape {label.shape} of 'label' doesn't fit {data.shape} of 'data'; prepare it again")
-    data = np.moveaxis(data.astype(np.float32), 1, -1)
-    if not np.isfinite(data).all():
+    with np.errstate(over="ignore", invalid="ignore"):  # what has no place in float32 is found below
+        data = np.moveaxis(data.astype(np.float32), 1, -1)
+        image = np.ascontiguousarray(data - data[:, :1, :1, :1])  # the first corner is background
+    if not np.isfinite(image).all():
         raise InputError(f"{path}: has NaN or infinite values; prepare the file again from the scans")
     labels = np.ascontiguousarray(np.moveaxis(tissue_labels(label[0], path), 0, -1))
-    image = np.ascontiguousarray(data - data[:, :1, :1, :1])  # the first corner is background
     require_found_brain(image[0], labels, path)
     return image, labels
 
@@ -414,7 +426,7 @@ class NormalizeByT1Maskd(MapTransform):
     published pipelines. Shapes: (2, X, Y, Z) -> (2, X, Y, Z), T1 first; no scale goes in, none comes out.
 
     Raises:
-        InputError: a channel is constant where T1 > 0, or T1 is nowhere above 0.
+        InputError: a channel is constant where T1 > 0, T1 is nowhere above 0, or a value comes out that isn't finite.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -428,4 +440,9 @@ class NormalizeByT1Maskd(MapTransform):
                 _require_contrast(deviation.tolist(), image.meta["t1_path"])
             scale = tuple(value.to(channels.dtype)[:, None, None, None] for value in (mean, deviation))
             result[key] = (image - scale[0]) / scale[1]
+            if not torch.as_tensor(result[key]).isfinite().all():
+                raise InputError(
+                    f"{image.meta['t1_path']}: T1 or T2 of this subject has values that float32 can't hold at the "
+                    f"scale of its brain; give the scan itself, with values of a usual size"
+                )
         return result

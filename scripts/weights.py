@@ -4,6 +4,7 @@ import glob
 import hashlib
 import re
 import shutil
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,10 @@ def read_checkpoint(path: str) -> Any:
         InputError: the file can't be read whole, or holds other Python objects than tensors, numbers and containers.
     """
     try:
+        if zipfile.is_zipfile(path):  # torch doesn't compare the checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises for a damaged file depends on where the damage is
         if foreign := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
@@ -36,28 +41,43 @@ def read_checkpoint(path: str) -> Any:
         raise InputError(f"{path}: can't be read as a checkpoint; copy it again or train anew") from error
 
 
-def require_fit(state: Mapping[str, Any], network: torch.nn.Module, path: str, remedy: str) -> None:
-    """Refuse a state dict that hasn't exactly the tensors of a network.
+def require_fit(state: Any, network: torch.nn.Module, path: str, remedy: str) -> None:
+    """Refuse a state dict that hasn't exactly the tensors of a network, all of them finite.
 
     Args:
-        state: tensors by name.
+        state: tensors by name, or what was found in their place.
         network: whose tensors they should be.
         path: where `state` is from, for the message.
         remedy: what to do, for the message.
 
     Raises:
-        InputError: tensors are missing, unknown or of another shape.
+        InputError: tensors are missing, unknown, of another shape or kind, or have NaN or infinite values.
     """
     expected = network.state_dict()
+    state = state if isinstance(state, Mapping) else {}
     missing = [name for name in expected if name not in state]
     unknown = [name for name in state if name not in expected]
-    misshapen = [n for n in expected if n in state and getattr(state[n], "shape", None) != expected[n].shape]
+    values = {name: _as_loaded(state[name], tensor) for name, tensor in expected.items() if name in state}
+    misshapen = [name for name, value in values.items() if value is None]
     if missing or unknown or misshapen:
         first = (missing + misshapen + unknown)[0]
         raise InputError(
             f"{path}: a checkpoint of another network: {len(missing)} of {len(expected)} tensors missing, "
-            f"{len(unknown)} unknown, {len(misshapen)} of another shape (the first: {first}); {remedy}"
+            f"{len(unknown)} unknown, {len(misshapen)} of another shape or kind (the first: {first}); {remedy}"
         )
+    for name, value in values.items():
+        if not value.isfinite().all():
+            raise InputError(f"{path}: {name} has NaN or infinite values; give another epoch's checkpoint")
+
+
+def _as_loaded(value: Any, tensor: torch.Tensor) -> torch.Tensor | None:
+    """A value as `load_state_dict` puts it into a tensor; None where it can't, or would leave out a part."""
+    if not isinstance(value, torch.Tensor) or value.shape != tensor.shape or value.is_complex():
+        return None
+    try:
+        return torch.empty_like(tensor, device="cpu").copy_(value)
+    except RuntimeError:  # it is sparse, quantised, or without values
+        return None
 
 
 def load_weights(network: torch.nn.Module, path: str) -> None:
@@ -68,7 +88,7 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
         path: a state dict as written by training, or a dict that holds one under `model`.
 
     Raises:
-        InputError: the file isn't there, isn't such a checkpoint, or is one of another architecture.
+        InputError: the file isn't there, isn't such a checkpoint, or as `require_fit`.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train first, or name another folder by --ckpt_dir")
@@ -88,7 +108,10 @@ def holds(path: str | Path, network: torch.nn.Module) -> bool:
         return False
     weights = network.state_dict()
     state = state.get("model", state) if isinstance(state, dict) else {}
-    return state.keys() == weights.keys() and all(torch.equal(state[name], weights[name].cpu()) for name in weights)
+    if not isinstance(state, Mapping) or state.keys() != weights.keys():
+        return False
+    found = ((_as_loaded(state[name], tensor), tensor.cpu()) for name, tensor in weights.items())
+    return all(value is not None and torch.equal(value, tensor) for value, tensor in found)
 
 
 def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:

@@ -9,7 +9,8 @@ import re
 import sys
 import time
 import warnings
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from pydoc import locate
@@ -31,13 +32,21 @@ from scripts.writers import alone
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options among command-line arguments, as `fire` reads them: `--name value`, `--name=value`, `-name value`."""
+    """The options among command-line arguments, as `fire` reads them: `--name value`, `--name=value`, `-name value`.
+
+    Raises:
+        InputError: a value looks like Python's and isn't.
+    """
     options: dict[str, Any] = {}
     for position, argument in enumerate(arguments):
         if option := re.fullmatch(r"--?([a-zA-Z][^=]*)(?:=(.*))?", argument, re.DOTALL):
             name, value = option.groups()
             following = arguments[position + 1] if position + 1 < len(arguments) else ""
-            options[name.replace("-", "_")] = DefaultParseValue(following if value is None else value)
+            text = following if value is None else value
+            try:
+                options[name.replace("-", "_")] = DefaultParseValue(text)
+            except Exception as error:  # what fire takes for Python and can't evaluate
+                raise InputError(f"--{name} {text}: can't be read ({error}); correct it") from error
     return options
 
 
@@ -50,17 +59,30 @@ def _names_at(config: ConfigParser, parent: str) -> set[str]:
         return set()
     names = set(part)
     if "_target_" in part:
-        component = ConfigComponent(part, id=parent, locator=config.locator).resolve_module_name()
-        names |= set(inspect.signature(locate(component) if isinstance(component, str) else component).parameters)
+        with suppress(Exception):  # there is no such component, as the run will say, or it doesn't tell what it takes
+            component = ConfigComponent(part, id=parent, locator=config.locator).resolve_module_name()
+            names |= set(inspect.signature(locate(component) if isinstance(component, str) else component).parameters)
         names |= {"_target_", "_disabled_", "_mode_", "_desc_", "_requires_"}
     return names
+
+
+def _read_settings(option: str, files: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
+    """What `read` finds in the files that an option names; InputError where that isn't settings by name."""
+    try:
+        settings = read(files)
+    except Exception as error:  # what is raised for a damaged file depends on where the damage is
+        reason = " ".join(str(error).split())
+        raise InputError(f"--{option} {files}: can't be read ({reason}); correct or copy it again") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--{option} {files}: holds no settings by name; write them as in configs/train.json")
+    return settings
 
 
 def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
     """The options of `monai.bundle run`, those of its `--args_file` included."""
     options = given_options(arguments)
     if "args_file" in options:
-        options = ConfigParser.load_config_file(options["args_file"]) | options
+        options = _read_settings("args_file", options["args_file"], ConfigParser.load_config_file) | options
     return options
 
 
@@ -71,12 +93,12 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
         arguments: those of `monai.bundle run`.
 
     Raises:
-        InputError: a name isn't known, with the nearest known one.
+        InputError: a name isn't known, with the nearest known one, or a file can't be read.
     """
     options = _run_options(arguments)
     if "config_file" not in options:  # not started from the command line
         return
-    config = ConfigParser(ConfigParser.load_config_files(options["config_file"]))
+    config = ConfigParser(_read_settings("config_file", options["config_file"], ConfigParser.load_config_files))
     of_monai = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
     for name in options:
         if hint := unknown_setting(name, config, of_monai):
@@ -128,13 +150,14 @@ def require_training_settings(
     """
     require_whole_numbers(1, **whole_numbers)
     stride = getattr(network, "stride", 1)
-    if any(not isinstance(side, int) or side < 1 or side % stride for side in ensure_tuple(patch_size)):
+    sides = (patch_size,) * 3 if isinstance(patch_size, int) else ensure_tuple(patch_size)
+    if len(sides) != 3 or any(not isinstance(side, int) or side < 1 or side % stride for side in sides):
         raise InputError(f"--patch_size {patch_size}: must be multiples of {stride}, like [64,64,64]")
     if not ensure_tuple(val_subjects):
         raise InputError(f"--val_subjects {val_subjects}: names none; name at least one labelled subject, like [9]")
     if start_from is not None and (not isinstance(start_from, str) or is_exported(start_from)):
         raise InputError(f"--start_from {start_from}: isn't a checkpoint that can be trained; name one, like model.pt")
-    if start_from is not None and not Path(start_from).is_file():
+    if start_from is not None and not os.path.isfile(start_from):  # noqa: PTH113 (Path fails on names too long)
         raise InputError(f"--start_from {start_from}: no such file; name a checkpoint, like models/model.pt")
 
 

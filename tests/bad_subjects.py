@@ -124,6 +124,15 @@ def without_affines(kinds: str, *edits: tuple[int, str, tuple[float, ...]]) -> W
     return header_of(kinds, (QFORM_CODE, "2h", (0, 0)), *edits)
 
 
+def claims(suffix: str) -> Write:
+    """A good subject whose T1 says that it holds 2 GB, in a size that a scan may have."""
+    fine = ((QFORM_CODE, "2h", (0, 0)),) if suffix != ".hdr" else ()
+    sides, float64, tenths = (3, 5000, 5000, 10, 1, 1, 1, 1), (64, 64), (0.1, 0.1, 0.1)
+    return header_of(
+        "T1", *fine, (DIM, "8h", sides), (DATATYPE, "2h", float64), (PIXDIM + 4, "3f", tenths), suffix=suffix
+    )
+
+
 def replaced(kind: str, image: nib.spatialimages.SpatialImage) -> Write:
     """A good subject with one volume, or by 'all' T1 and T2, replaced by an image."""
 
@@ -377,6 +386,9 @@ GRIDS = [
     Case("huge-hdr", header_of("T1", HUGE, suffix=".hdr"), f"-T1.hdr: .*{TOO_LARGE}"),
     Case("huge-label", header_of("label", HUGE), f"-label.nii: .*{TOO_LARGE}", of_label=True),
     Case("many-volumes", header_of("T1", (DIM, "8h", (5, 20, 22, 18, 32767, 999, 1, 1))), f"-T1.nii: .*{TOO_LARGE}"),
+    Case("too-short-nii", claims(".nii"), f"-T1.nii: {CANT_READ}"),
+    Case("too-short-nii-gz", claims(".nii.gz"), f"-T1.nii.gz: {CANT_READ}"),
+    Case("too-short-hdr", claims(".hdr"), f"-T1.hdr: {CANT_READ}"),
     Case("negative-sides", header_of("T1", (DIM, "8h", (3, -20, -22, 18, 1, 1, 1, 1))), f"-T1.nii: {CANT_READ}"),
 ]
 
@@ -398,6 +410,11 @@ VALUES = [
     Case("intercept-nan", header_of("T1", (SCL_SLOPE, "2f", (1, np.nan))), f"-T1.nii: {CANT_READ}"),
     Case("nan", with_values(t1=marked(T1, np.nan)), f"-T1.nii.gz: {NOT_FINITE}"),
     Case("inf", with_values(t2=marked(T2, np.inf)), f"-T2.nii.gz: {NOT_FINITE}"),
+    Case(
+        "beyond-float32",
+        with_values(t2=np.where(T1, T2 * 1e-3, 3e38).astype(np.float32)),
+        "-T1.nii.gz: T1 or T2 of this subject has values that float32 can't hold at the scale of its brain; give the",
+    ),
     Case("rgb", replaced("T1", rgb()), "-T1.nii.gz: has colours or complex numbers; give the scan, with one"),
     Case("complex", with_values(t2=T2 * (1 + 1j)), "-T2.nii.gz: has colours or complex numbers; give the scan"),
     Case("unknown-datatype", header_of("T1", (DATATYPE, "h", (999,))), f"-T1.nii: {CANT_READ}"),

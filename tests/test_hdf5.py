@@ -332,6 +332,11 @@ def put(place: tuple, value: float) -> Callable[[np.ndarray], None]:
     return lambda values: values.__setitem__(place, value)
 
 
+def too_far_apart(values: np.ndarray) -> None:
+    """Each is a float32, their differences are none."""
+    values[0, 1] = np.where(values[0, 0] > values[0, 0].min(), 3e38, -3e38)
+
+
 def no_background(values: np.ndarray) -> None:
     """As scans that aren't skull-stripped."""
     values[0, 0] = np.random.default_rng(0).normal(size=values.shape[2:])
@@ -376,6 +381,7 @@ DAMAGES = {
     "nothing": nothing,
     "shape of label": other_label_shape,
     "not a number": change("data", put((0, 1, 3, 4, 5), np.nan), "has NaN or infinite values"),
+    "too far apart": change("data", too_far_apart, "has NaN or infinite values"),
     "label value": change("label", put((0, 0, 3, 4, 5), 7), "label value 7 isn't known"),
     "broken label": change("label", put((0, 0, 3, 4, 5), 0.5), "label value 0.5 isn't known"),
     "label not a number": change("label", put((0, 0, 3, 4, 5), np.nan), "label value nan isn't known"),

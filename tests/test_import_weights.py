@@ -320,6 +320,8 @@ def test_incomplete_or_foreign_mindspore_checkpoints_are_refused(stand_in, refus
     refused(None, "another network: 0 of .* 1 unknown.*the first: decoder.weight", "weights.ckpt")
     stand_in({**arrays, "1.cells_list.0.cells_list.0.bn2d.beta": np.zeros(48)})
     refused(None, "has dense_blocks.1.denselayer1.norm1.bias under two names", "weights.ckpt")
+    stand_in({**arrays, "note": np.array(["one", "two"])})
+    refused(None, "note isn't of real numbers, but of <U3; give the published file", "weights.ckpt")
 
 
 def test_without_mindspore(monkeypatch, refused):

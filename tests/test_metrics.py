@@ -81,9 +81,9 @@ def test_whole_volumes_against_brute_force():
 def test_tissue_that_is_missing():
     scores = tissue_scores(labels(csf=[1], gm=[], wm=[9]), labels(csf=[1], gm=[4], wm=[]), (1, 1, 1))
     assert scores["dice_gm"] == 0
-    assert math.isinf(scores["hd_max_gm"])
+    assert scores["hd_max_gm"] == scores["hd95_gm"] == scores["asd_gm"] == math.inf
     assert math.isnan(scores["dice_wm"])
-    assert math.isnan(scores["hd95_wm"])
+    assert all(math.isnan(scores[f"{name}_wm"]) for name in ("hd95", "hd_max", "asd"))
 
 
 def test_volumes_in_millilitres():

@@ -49,7 +49,13 @@ def test_checkpoint_of_another_network_changes_nothing(checkpoint, other):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-@pytest.mark.parametrize("content", [b"", b"not a checkpoint", None, ["a list"], {"features.conv0.weight": "text"}])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"not a checkpoint", None, ["a list"], {"features.conv0.weight": "text"}),
+        *({"model": 3}, {"model": torch.ones(2)}, {"model": None}),
+    ],
+)
 def test_file_that_is_no_checkpoint(tmp_path, content):
     path = tmp_path / "model.pt"
     if isinstance(content, bytes):
@@ -63,6 +69,46 @@ def test_file_that_is_no_checkpoint(tmp_path, content):
 def test_truncated_checkpoint(checkpoint):
     path, network = checkpoint
     path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="can't be read as a checkpoint"):
+        load_weights(network, str(path))
+
+
+@pytest.mark.parametrize("content", [{"model": 3}, dict.fromkeys(SkipDenseSeg().state_dict(), 3)])
+def test_file_of_other_things_does_not_hold_the_network(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert not holds(tmp_path / "model.pt", SkipDenseSeg())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.to_sparse(),
+    ],
+    ids=["complex", "without values", "sparse"],
+)
+def test_tensor_of_another_kind_is_refused(checkpoint, change):
+    path, network = checkpoint
+    state = network.state_dict() | {"conv_class.weight": change(network.conv_class.weight.detach())}
+    torch.save(state, path)
+    with pytest.raises(InputError, match=r"model.pt: .* 1 of another shape or kind \(the first: conv_class.weight\)"):
+        load_weights(SkipDenseSeg(), str(path))
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor * torch.nan, lambda tensor: tensor.double() + 1e300])
+def test_weights_that_are_not_finite_are_refused(checkpoint, change):
+    path, network = checkpoint
+    torch.save(network.state_dict() | {"conv_class.weight": change(network.conv_class.weight.detach())}, path)
+    with pytest.raises(InputError, match=r"model.pt: conv_class.weight has NaN or infinite values; give another"):
+        load_weights(SkipDenseSeg(), str(path))
+
+
+def test_one_wrong_bit_among_the_weights_is_refused(checkpoint):
+    path, network = checkpoint
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
     with pytest.raises(InputError, match="can't be read as a checkpoint"):
         load_weights(network, str(path))
 

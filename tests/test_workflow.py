@@ -74,6 +74,34 @@ def test_unknown_override_in_an_args_file(tmp_path):
         refuse_unknown_overrides(["run", "--args_file", str(args_file)])
 
 
+@pytest.mark.parametrize("option", ["args_file", "config_file"])
+@pytest.mark.parametrize("content", [b"", b'{"epochs": 3', b'{"epochs": "\xff"}', b"[1, 2]", b"3"])
+def test_file_of_settings_that_can_not_be_read(option, content, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^--{option} {path}: (can't be read \(.*\); correct|holds no settings)"):
+        refuse_unknown_overrides(["run", "--config_file", TRAIN, f"--{option}", str(path)])
+
+
+def test_value_that_can_not_be_read():
+    with pytest.raises(InputError, match=r"--val_subjects {\[9\]: 1}: can't be read \(unhashable type.*\); correct it"):
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, "--val_subjects", "{[9]: 1}"])
+
+
+def test_override_of_a_component_that_is_not_there(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"loss": {"_target_": "DiceLos", "sigmoid": True}}))
+    refuse_unknown_overrides(["run", "--config_file", str(path), "--loss#sigmoid", "False"])
+    with pytest.raises(InputError, match="--loss#sigmod: no such setting; did you mean --loss::sigmoid"):
+        refuse_unknown_overrides(["run", "--config_file", str(path), "--loss#sigmod", "False"])
+
+
+def test_input_error_is_one_line_whatever_it_quotes():
+    with pytest.raises(InputError) as error:
+        require_whole_numbers(1, epochs="two\nlines\x1b[1m and 赤ちゃん")
+    assert str(error.value) == "--epochs two\\nlines\\x1b[1m and 赤ちゃん: must be a whole number of at least 1"
+
+
 def test_input_error_is_shown_in_one_line_and_others_in_full(capsys, monkeypatch):
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     errors.show_input_errors_in_one_line()
@@ -103,9 +131,12 @@ def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
         ({"batch_size": "two"}, "--batch_size two: must be a whole number"),
         ({"patch_size": [50, 64, 64]}, r"--patch_size \[50, 64, 64\]: must be multiples of 4"),
         ({"patch_size": 0}, "--patch_size 0"),
+        ({"patch_size": []}, r"--patch_size \[\]: must be multiples"),
+        ({"patch_size": [64, 64]}, r"--patch_size \[64, 64\]: must be multiples"),
         ({"val_subjects": []}, r"--val_subjects \[\]: names none"),
         ({"start_from": "model.ts"}, "start_from model.ts: isn't a checkpoint that can be trained"),
         ({"start_from": "absent.pt"}, "start_from absent.pt: no such file"),
+        ({"start_from": "a" * 300}, "start_from a*: no such file"),
         ({"start_from": ["a.pt", "b.pt"]}, "start_from .*: isn't a checkpoint that can be trained"),
     ],
 )
