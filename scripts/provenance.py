@@ -6,6 +6,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -103,13 +104,14 @@ def made_by(checkpoints: str | Sequence[str]) -> str:
 
     Args:
         checkpoints: as `scripts.weights.checkpoint_paths` takes it. The weights are told by the first characters of
-            their SHA-256, those of several checkpoints by that of all in a row.
+            their SHA-256, those of several checkpoints by that of all in a row; not at all where a file is missing.
 
     Raises:
         InputError: as `checkpoint_paths`.
     """
-    paths = [path for path in checkpoint_paths(checkpoints) if Path(path).is_file()]
-    return f"infant_brain_mri_skipdenseseg {metadata()['version']}, weights {sha256(*paths)[:16]}"
+    paths = checkpoint_paths(checkpoints)
+    weights = f", weights {sha256(*paths)[:16]}" if all(Path(path).is_file() for path in paths) else ""
+    return f"infant_brain_mri_skipdenseseg {metadata()['version']}{weights}"
 
 
 class ProvenanceSaver:
@@ -120,12 +122,21 @@ class ProvenanceSaver:
         kind: of the run: 'training', 'evaluation', 'inference'.
         settings: see `provenance`.
         weights: a checkpoint that the run makes; its SHA-256 is added at the end.
+        resume: whether the run goes on with another, of which the file tells; it is added to that.
     """
 
-    def __init__(self, output_dir: str, kind: str, settings: Mapping[str, Any], weights: str | None = None) -> None:
+    def __init__(
+        self,
+        output_dir: str,
+        kind: str,
+        settings: Mapping[str, Any],
+        weights: str | None = None,
+        resume: bool = False,
+    ) -> None:
         self.path = Path(output_dir) / f"{kind}-provenance.json"
         self.settings = settings
         self.weights = weights
+        self.resume = resume
         self.told: dict[str, str] = {}
         self.written = False
 
@@ -137,6 +148,11 @@ class ProvenanceSaver:
     def note(self, engine: Engine) -> None:
         """Look before anything is made: a training may replace the checkpoint that it started from."""
         self.told, self.written = provenance(engine, self.settings), False
+        if self.resume and self.path.is_file():
+            resumed = "; ".join(self.told[name] for name in ("command", "bundle", "software"))
+            with suppress(ValueError):  # somebody wrote in it
+                begun = json.loads(self.path.read_text(encoding="utf-8"))
+                self.told = begun | {f"resumed {self.told['date']}": resumed}
 
     def write_once(self) -> None:
         if not self.written:

@@ -379,8 +379,8 @@ class CopyOut:
     """Handler that copies new and changed files to the folders that are given by URL. It stands last.
 
     It copies when the engine starts, after each epoch of a trainer or each subject of an evaluator, and at the end,
-    also where an exception is the end. In between, a server that fails is worth a warning, and the next time it is
-    tried again.
+    also where an exception is the end that no handler before this one has let out; else the next start copies. In
+    between, a server that fails is worth a warning, and the next time it is tried again.
 
     Args:
         folders: settings such as `output_dir`; plain paths among them are passed over.

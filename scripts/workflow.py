@@ -202,8 +202,9 @@ def start(seed: int) -> None:
         show_input_errors_in_one_line()
         refuse_unknown_overrides(sys.argv[1:])
         require_tracking_package(sys.argv[1:])
-        # progress is timed by the clock of day, which may be set back
+        # progress is timed by the clock of day, which may be set back; a thread that watches it would compare the two
         tqdm.std.time = time.monotonic
+        tqdm.std.tqdm.monitor_interval = 0
     # MLflow, if there is one, would tell its makers of its use
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     keep_freed_memory()

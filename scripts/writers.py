@@ -1,6 +1,7 @@
 """Files that are whole or not there: label images, tables and whatever else a command leaves behind."""
 
 import csv
+import logging
 import shutil
 import zipfile
 import zlib
@@ -26,6 +27,8 @@ from scripts.errors import UNWRITABLE, InputError
 from scripts.transforms import ISEG_VALUES
 
 UNFINISHED = ".unfinished-"
+
+logger = logging.getLogger(__name__)
 
 
 class _TabSeparated(csv.excel_tab):
@@ -77,7 +80,8 @@ def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
     """A block in which no other run of this kind writes to the folders; what killed ones left unfinished is removed.
 
     The system frees a folder when its process ends, however it does. Of processes that `torchrun` started the first one
-    speaks for all. Where a file system has no locks the block goes on without, and removes nothing.
+    speaks for all, and the others wait for it at the beginning. Where a folder can't be locked, as on some network file
+    systems, the block goes on without, and removes nothing there.
 
     Args:
         kind: 'training', or 'results' of scoring and segmenting. A training writes other files than those two, so the
@@ -101,7 +105,8 @@ def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
                     f"{folder}: another run ({kind}) is writing here; wait until it ends, or choose another folder by "
                     f"--output_dir{', --ckpt_dir' if kind == 'training' else ''}"
                 ) from None
-            except OSError:  # a network file system may have none
+            except OSError as error:  # a network file system may have none
+                logger.warning("%s can't be locked (%s): start no second run there", folder, error)
                 continue
             stack.callback(path.unlink, missing_ok=True)
             for below in ("", "sub-*/**/"):  # where the results of a BIDS dataset lie

@@ -9,12 +9,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from monai.bundle import ConfigWorkflow
 from scipy.ndimage import zoom
 
 from scripts.network import SkipDenseSeg
@@ -42,6 +44,20 @@ def bundle(*arguments: str, cwd: Path = ROOT, module: str = "monai.bundle") -> s
         text=True,
         timeout=300,
     )
+
+
+def configured(dataset: Path, output: Path, *configs: str, **settings: Any) -> ConfigWorkflow:
+    """A command in this process, ready to run."""
+    workflow = ConfigWorkflow(
+        [str(ROOT / "configs" / name) for name in configs],
+        workflow_type="train" if "train.json" in configs else "inference",
+        bundle_root=str(ROOT),
+        dataset_dir=str(dataset),
+        output_dir=str(output),
+        **settings,
+    )
+    workflow.initialize()
+    return workflow
 
 
 def copy_bundle(directory: Path) -> Path:
@@ -151,6 +167,12 @@ def network() -> SkipDenseSeg:
 @pytest.fixture(scope="session")
 def brains() -> list[dict[str, np.ndarray]]:
     return [small_brain(number) for number in range(2)]
+
+
+@pytest.fixture(scope="session")
+def pieces(brains: list[dict[str, np.ndarray]]) -> list[dict[str, np.ndarray]]:
+    """32 x 32 x 32 voxels of each brain, of which the network makes short work."""
+    return [{kind: values[14:46, 20:52, 16:48] for kind, values in brain.items()} for brain in brains]
 
 
 @pytest.fixture(scope="session")

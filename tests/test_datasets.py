@@ -90,7 +90,7 @@ def test_subjects_beyond_half_the_memory_are_kept_on_disk(tmp_path, monkeypatch,
     monkeypatch.setattr(datasets, "available_memory", lambda device: megabytes * 1_000_000)
     reader = Reader()
     dataset = cached_dataset(range(10), Compose([reader, RandomNothing()]), str(tmp_path / "cache"))
-    assert type(dataset) is kind
+    assert isinstance(dataset, kind)
     for _ in range(2):
         assert [item["image"][0].item() for item in dataset] == list(range(10))
     # once to measure, once to keep

@@ -100,12 +100,6 @@ def test_two_processes_of_batch_two_take_the_steps_of_one_of_batch_four(dataset,
         output = str(tmp_path / str(processes))
         settings = {
             "network_def#_target_": "__main__.WithoutBatchNorm",
-            # a patch doesn't depend on who draws it
-            "train#random_transforms": [
-                {"_target_": "SelectItemsd", "keys": ["image", "label"]},
-                {"_target_": "CenterSpatialCropd", "keys": ["image", "label"], "roi_size": "@patch_size"},
-                {"_target_": "EnsureTyped", "keys": ["image", "label"], "track_meta": False},
-            ],
             **{"patch_size": [32, 32, 32], "batch_size": batch_size, "crops_per_epoch": 8, "precision": "fp32"},
             "loss#batch": False,  # Dice of a batch isn't the mean of its parts'
             **{"epochs": 1, "val_interval": 1},

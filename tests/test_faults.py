@@ -93,12 +93,11 @@ def commands(tmp_path_factory) -> Iterator[Commands]:
 
 
 @pytest.fixture(scope="module")
-def scans(tmp_path_factory, brains) -> Path:
-    """Pieces of brains, of which the network makes short work: labelled 1, 2 and 9, unlabelled 11 to 16."""
+def scans(tmp_path_factory, pieces) -> Path:
+    """Labelled 1, 2 and 9, unlabelled 11 to 16."""
     directory = tmp_path_factory.mktemp("scans")
     for number in (1, 2, 9, *range(11, 17)):
-        piece = {kind: values[14:46, 20:52, 16:48] for kind, values in brains[number % 2].items()}
-        save_subject(directory, str(number), piece, labeled=number < 10)
+        save_subject(directory, str(number), pieces[number % 2], labeled=number < 10)
     return directory
 
 
@@ -161,9 +160,10 @@ def read_whole(path: Path) -> object:
         return rows
     if path.suffix == ".png":
         return Image.open(path).convert("RGB").tobytes()
-    assert path.suffix in (".html", ".md"), path
+    assert path.suffix in (".html", ".md", ".json"), path
     text = path.read_text()
-    assert path.suffix == ".md" or text.rstrip().endswith("</html>")
+    assert path.suffix != ".html" or text.rstrip().endswith("</html>")
+    assert path.suffix != ".json" or json.loads(text)
     return None  # it holds the date
 
 
@@ -380,7 +380,7 @@ module.{name} = interrupted
         slow("training", "torch", "optim.AdamW.step", 4, 30),
         ("training", "scripts.inferers", "LargestWindowInferer.__call__", 2, 30),
         slow("segmenting", "scripts.inferers", "LargestWindowInferer.__call__", 3, 30),
-        ("segmenting", "scripts.transforms", "LoadSubjectd.__call__", 3, 2),  # in the thread that reads
+        ("segmenting", "scripts.transforms", "LoadSubjectd.__call__", 3, 1),  # in the thread that reads
     ],
 )
 def test_ctrl_c(commands, scans, tmp_path, segmented, command, module, name, call, seconds):
@@ -388,7 +388,8 @@ def test_ctrl_c(commands, scans, tmp_path, segmented, command, module, name, cal
     first = INTERRUPTED.format(module=module, name=name, call=call, seconds=seconds, moment=str(moment))
     arguments = training(scans, output) if command == "training" else segmenting(scans, output)
     result = commands.run(arguments, first)
-    assert time.monotonic() - float(moment.read_text()) < 5
+    # 5 seconds, and some for a machine that tests other things meanwhile
+    assert time.monotonic() - float(moment.read_text()) < 8
     assert result.returncode == -signal.SIGINT  # a shell calls it 130
     assert "Traceback" not in result.stdout + result.stderr, result.stdout + result.stderr
     assert last_line(result).startswith("stopped from the keyboard; ")
@@ -398,6 +399,7 @@ def test_ctrl_c(commands, scans, tmp_path, segmented, command, module, name, cal
         assert read_whole(output / "last.pt")["progress"]["epoch"] == 1
     else:
         labels = sorted(output.glob("*.nii.gz"))
+        assert labels or module == "scripts.transforms"
         assert [path.name for path in labels] == ["subject-11-label.nii.gz", "subject-12-label.nii.gz"][: len(labels)]
         assert all(same(read_whole(path), read_whole(segmented.output / path.name)) for path in labels)
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-from conftest import ROOT, save_subject, small_brain
-from test_provenance import run
+from conftest import ROOT, configured, save_subject, small_brain
 
 GOLDEN = ROOT / "tests" / "golden-label.nii.gz"
 # processors round in other ways, which decides voxels where two tissues are as probable
@@ -19,7 +18,7 @@ LARGEST_SHARE_OF_OTHERS = 1e-4
 def labelled(folder: Path) -> Path:
     """The label image of a phantom, in float32."""
     save_subject(folder / "data", "1", small_brain(1), labeled=False)
-    run(folder / "data", folder / "output", "inference.json", precision="fp32")
+    configured(folder / "data", folder / "output", "inference.json", precision="fp32").run()
     return folder / "output" / "subject-1-label.nii.gz"
 
 

@@ -193,7 +193,7 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
 
 def test_a_path_that_is_not_utf_8_does_not_end_the_run(brains, monkeypatch, tmp_path):
     given = [os.fsdecode(b"d\xe9j\xe0 vu"), "日本"]
-    monkeypatch.setattr(html_report.sys, "orig_argv", ["python", "--dataset_dir", *given])
+    monkeypatch.setattr("sys.orig_argv", ["python", "--dataset_dir", *given])
     text = Elements(report_of([subject(brains[0], "1")], tmp_path)).text
     assert r"'d\udce9j\udce0 vu' '日本'" in text
 
@@ -202,7 +202,7 @@ def test_credentials_in_urls_are_left_out(brains, monkeypatch, tmp_path):
     urls = ["http://me:secret@host:5000/a", "http://me:s/e@c'ret@host/b", "https://secret@host/c"]
     kept = "s3://bucket/b@c"
     command = ["python", "run", "--tracking_uri", urls[0], f"--other={urls[1]}", "--output_dir", kept]
-    monkeypatch.setattr(html_report.sys, "orig_argv", command)
+    monkeypatch.setattr("sys.orig_argv", command)
     page = report_of([subject(brains[0], "1")], tmp_path, dataset_dir=urls[2], both=urls[:2], **{"else": kept})
     assert not re.search("secret|c'ret|c&#39;ret|//me", page)
     text = Elements(page).text

@@ -413,7 +413,7 @@ def test_requirements_with_checksums_can_be_installed(tmp_path):
 
 @pytest.mark.slow
 def test_list_of_packages_lies_beside_the_zip(tmp_path):
-    home, venv = copy_bundle(tmp_path / "home"), ROOT / ".venv"
+    home, venv = copy_bundle(tmp_path / "home"), sys.prefix
     command = ["make", f"VENV={venv}", "-o", f"{venv}/.installed-dev", "package"]
     result = subprocess.run(command, cwd=home, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

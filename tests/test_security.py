@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_subject, save_volume
-from test_provenance import QUICK, WEIGHTS, run
+from conftest import ROOT, configured, save_subject, save_volume
 
 from scripts.errors import InputError, input_error_in
 from scripts.writers import read_csv
+
+WEIGHTS = ROOT / "models" / "model.pt"
+QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1}
 
 
 class RunsWhenLoaded:
@@ -27,7 +29,7 @@ class RunsWhenLoaded:
 def refusal(*arguments, **settings) -> str:
     """The message by which a command is refused."""
     with pytest.raises((InputError, RuntimeError)) as caught:
-        run(*arguments, **settings)
+        configured(*arguments, **settings).run()
     error = input_error_in(caught.value)
     assert error is not None
     return str(error)
@@ -70,11 +72,11 @@ def test_names_of_files_are_no_config(tmp_path, brains, monkeypatch):
         save_subject(data, subject, brains[0], labeled=False, suffix=".nii.gz")
     save_subject(data, "9", brains[0], suffix=".nii.gz")
     monkeypatch.chdir(tmp_path)
-    run(data, output, "inference.json")
+    configured(data, output, "inference.json").run()
     assert sorted(row["subject"] for row in read_csv(output / "volumes.csv")) == sorted(LIKE_A_CONFIG)
     for subject in LIKE_A_CONFIG:
         save_subject(data, subject, brains[0], suffix=".nii.gz")
-    run(data, output, "train.json", "recipes/robust.json", ckpt_dir=str(output), **QUICK)
+    configured(data, output, "train.json", "recipes/robust.json", ckpt_dir=str(output), **QUICK).run()
     assert (output / "model.pt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"data", "output"}
 
@@ -88,6 +90,6 @@ def test_texts_of_a_bids_dataset_are_no_config(tmp_path, brains, monkeypatch):
     (data / "dataset_description.json").write_text(json.dumps(description))
     (data / "participants.tsv").write_text(f"participant_id\tage\nsub-01\t{LIKE_A_CONFIG[0]}\n")
     monkeypatch.chdir(tmp_path)
-    run(data, output, "inference.json")
+    configured(data, output, "inference.json").run()
     assert (output / "sub-01" / "anat").is_dir()
     assert {path.name for path in tmp_path.iterdir()} == {"data", "output"}

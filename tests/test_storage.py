@@ -651,8 +651,8 @@ def test_all_commands_by_url_give_what_they_give_by_path(s3, dataset, tmp_path, 
     assert "best network: s3://brains/models//model.pt" in trained.stdout
     assert "copied to s3://brains/models and s3://brains/eval" in trained.stdout
     assert s3.find("brains/models") == ["brains/models/model.pt"]
-    *logs, last = s3.find("brains/eval")
-    assert last == "brains/eval/last.pt"
+    *logs, last, provenance = s3.find("brains/eval")
+    assert (last, provenance) == ("brains/eval/last.pt", "brains/eval/training-provenance.json")
     assert all(log.startswith("brains/eval/events.out.tfevents") for log in logs)
     copy = tmp_path / "copy"
     s3.get("brains/eval/", str(copy), recursive=True)
