@@ -15,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, bundle, last_line, save_subject, save_volume
+from conftest import QUICK, ROOT, bundle, configured, last_line, save_subject, save_volume
 from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from test_tracking import is_picture, tensorboard_log
@@ -115,12 +115,12 @@ def test_training_again_keeps_the_earlier_weights(dataset, trained, tmp_path):
 
 
 def test_training_of_fewer_epochs_than_the_interval_saves_its_own_network(dataset, tmp_path):
-    result = train(dataset, tmp_path, "--epochs", "3", "--val_interval", "2")
-    assert result.returncode == 0, result.stderr
-    assert [f"Epoch[{n}] Metrics -- val" in result.stdout for n in (1, 2, 3)] == [False, True, True]
-    result = train(dataset, tmp_path / "short", "--val_interval", "10")
-    assert result.returncode == 0, result.stderr
-    assert (tmp_path / "short" / "model.pt").exists()
+    for epochs, interval, validated in ((3, 2, [2, 3]), (1, 10, [1])):
+        output = tmp_path / f"{epochs}-epochs"
+        settings = {"epochs": epochs, "val_interval": interval, "crops_per_epoch": 2, "batch_size": 1}
+        configured(dataset, output, "train.json", ckpt_dir=str(output), **settings).run()
+        assert [value.step for value in tensorboard_log(output).Scalars("val_mean_dice")] == validated
+        assert (output / "model.pt").exists()
 
 
 def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tmp_path):
@@ -160,8 +160,8 @@ def test_scores_and_volumes_on_another_grid_are_those_of_the_files(brains, tmp_p
     for kind, values in brains[0].items():
         stored = np.repeat(values[::2], 2, axis=2).transpose(2, 0, 1)[:, ::-1, ::-1]
         save_volume(data / f"subject-9-{kind}.nii.gz", stored, affine)
-    assert evaluate(data, tmp_path / "scores").returncode == 0
-    assert segment(data, tmp_path / "labels", "--subjects", "9").returncode == 0
+    configured(data, tmp_path / "scores", "train.json", "evaluate.json", run_id="evaluating").run()
+    configured(data, tmp_path / "labels", "inference.json", subjects=9).run()
     label, segmentation = (
         nib.load(path) for path in (data / "subject-9-label.nii.gz", tmp_path / "labels" / "subject-9-label.nii.gz")
     )
@@ -182,8 +182,7 @@ def test_subject_that_fills_little_of_its_volume(brains, tmp_path):
     for kind, values in brains[0].items():
         save_volume(data / f"subject-9-{kind}.nii.gz", np.pad(values, ((60, 40), (0, 50), (70, 0))))
     save_volume(data / "subject-9-label.nii.gz", np.full((160, 122, 134), 77, np.uint8))
-    result = segment(data, tmp_path / "labels", "--subjects", "[9]")
-    assert result.returncode == 0, result.stderr
+    configured(data, tmp_path / "labels", "inference.json", subjects=[9]).run()
     labels = np.asarray(nib.load(tmp_path / "labels" / "subject-9-label.nii.gz").dataobj)
     brain = np.pad(brains[0]["T1"], ((60, 40), (0, 50), (70, 0))) > 0
     assert not labels[~brain].any()
@@ -254,12 +253,14 @@ def test_subjects_of_differing_shapes_and_formats_in_one_folder(brains, tmp_path
         save_subject(data, subject, brain, labeled=subject != "11", suffix=suffix)
     (data / "__MACOSX").mkdir()
     (data / "__MACOSX" / "._subject-3-T1.hdr").write_bytes(b"\0")
-    assert train(data, tmp_path / "out", "--batch_size", "2").returncode == 0
-    result = segment(data, tmp_path / "out", "--ckpt_dir", str(tmp_path / "out"))
-    assert result.returncode == 0, result.stderr
-    assert nib.load(tmp_path / "out" / "subject-11-label.nii.gz").shape == (60, 74, 66, 1)
+    output = tmp_path / "out"
+    quick = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 2, "ckpt_dir": str(output)}
+    configured(data, output, "train.json", "recipes/robust.json", **quick).run()
+    configured(data, output, "inference.json", ckpt_dir=str(output)).run()
+    assert nib.load(output / "subject-11-label.nii.gz").shape == (60, 74, 66, 1)
 
 
+@pytest.mark.slow
 def test_both_command_styles_from_another_directory(dataset, tmp_path):
     configs = [str(ROOT / "configs" / name) for name in ("train.json", "evaluate.json", "inference.json")]
     root = ["--bundle_root", str(ROOT), "--dataset_dir", str(dataset)]

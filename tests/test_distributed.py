@@ -137,9 +137,8 @@ def reported(output: Path) -> list[str]:
     return subjects
 
 
-@pytest.mark.parametrize(
-    "processes", [pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
-)
+@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.slow
 def test_evaluation_scores_every_subject_once(five_subjects, tmp_path, processes):
     result = bundle_on(
         processes, "run", "evaluating", "--config_file", EVALUATE, "--dataset_dir", str(five_subjects),

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, bundle, save_subject, save_volume
+from conftest import QUICK, ROOT, bundle, configured, save_subject, save_volume
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
@@ -20,7 +20,6 @@ from scripts.transforms import LoadSubjectd, read_hdf5
 from scripts.writers import read_csv
 
 TRAIN = str(ROOT / "configs" / "train.json")
-EVALUATE = [TRAIN, str(ROOT / "configs" / "evaluate.json")]
 # more on some sides than the margin of 32, less on others
 SURROUNDINGS = ((40, 0), (3, 50), (33, 20))
 
@@ -424,18 +423,9 @@ def test_training_on_hdf5_files(prepared, tmp_path):
 
 
 def test_scores_are_those_of_the_images(scans, prepared, tmp_path):
-    """By the command from the files, in this process from the images."""
-    common = {"val_subjects": [1, 9], "precision": "fp32"}
-    result = bundle(
-        *("run", "evaluating", "--config_file", str(EVALUATE), "--dataset_dir", str(prepared)),
-        *("--output_dir", str(tmp_path / "hdf5"), "--val_subjects", "[1,9]", "--precision", "fp32"),
-    )
-    assert result.returncode == 0, result.stderr
-    parser = ConfigParser(ConfigParser.load_config_files(EVALUATE))
-    parser.update(
-        {"bundle_root": str(ROOT), "dataset_dir": str(scans), "output_dir": str(tmp_path / "images")} | common
-    )
-    parser.get_parsed_content("validate#evaluator").run()
+    settings = {"run_id": "evaluating", "val_subjects": [1, 9], "precision": "fp32"}
+    for folder, name in ((prepared, "hdf5"), (scans, "images")):
+        configured(folder, tmp_path / name, "train.json", "evaluate.json", **settings).run()
     of_hdf5, of_images = (read_csv(tmp_path / folder / "metrics.csv") for folder in ("hdf5", "images"))
     assert [row.pop("subject") for row in of_hdf5] == [row.pop("subject") for row in of_images] == ["1", "9"]
     for ours, expected in zip(of_hdf5, of_images, strict=True):
