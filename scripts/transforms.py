@@ -377,8 +377,8 @@ class LoadSubjectd(Transform):
 
     Raises:
         InputError: as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `require_label_of_brain`, `read_hdf5` and
-            `require_brain_only`, mask or label differ in grid, T1 or T2 is constant inside the brain, or the label is 0
-            everywhere.
+            `require_brain_only`, mask or label differ in grid, T1 or T2 is constant inside the brain, the two are the
+            same, or the label is 0 everywhere.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -400,6 +400,8 @@ class LoadSubjectd(Transform):
         require_brain_only(image[0], affine, t1_path)
         # before resampling, which blurs the edge of a mask
         _require_contrast(np.ptp(image[:, image[0] > 0], axis=1), t1_path)
+        if np.array_equal(*image):
+            raise InputError(f"{t1_path}: T1 and T2 of this subject are the same scan; give the T2 itself")
         if label is not None:
             if not label.any():
                 raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or take it away")

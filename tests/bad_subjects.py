@@ -328,6 +328,7 @@ FILES = [
     Case("both-hdr-and-nii-gz", twice, r"subject both-hdr-and-nii-gz has .* as well; keep one of the two$"),
     Case("no-t2", damaged("T2", Path.unlink), "has no T2; put subject-no-t2-T2 beside it$"),
     Case("no-t1", damaged("T1", Path.unlink), "has no T1; put subject-no-t1-T1 beside it$"),
+    Case("t1-given-twice", with_values(t2=T1), r"T1 and T2 of this subject are the same scan; give the T2 itself$"),
     Case("no-img", damaged("T1", Path.unlink, ".hdr", ".img"), r"its image .*-T1.img is missing; copy both"),
     Case("no-hdr", damaged("T2", Path.unlink, ".hdr"), r"its header .*-T2.hdr is missing; copy both"),
     Case("truncated-img", damaged("T1", cut(100), ".hdr", ".img"), f"-T1.hdr: {CANT_READ}"),
