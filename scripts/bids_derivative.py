@@ -145,10 +145,7 @@ class BidsDerivative:
             return
         with whole_files(self.output_dir) as temporary:
             self.write_missing(temporary, path.name, _json(self.description(bundle)))
-            ignore = self.output_dir / ".bidsignore"  # an earlier version made other files
-            lines = ignore.read_text().splitlines() if ignore.exists() else []
-            if missing := [line for line in BIDSIGNORE if line not in lines]:
-                (temporary / ignore.name).write_text("\n".join([*lines, *missing]) + "\n")
+            self.write_missing(temporary, ".bidsignore", "\n".join(BIDSIGNORE) + "\n")
             self.write_missing(temporary, "volumes.json", _json(VOLUME_COLUMNS))
         labels = self.output_dir / f"desc-{DESC}_dseg.tsv"
         if not labels.exists():

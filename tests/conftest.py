@@ -1,13 +1,18 @@
 """A small dataset in iSeg's layout, and the bundle's commands as a person runs them."""
 
+import atexit
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +38,97 @@ QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--ba
 QUICK += ["--patch_size", "[32,32,32]"]
 
 
-def bundle(*arguments: str, cwd: Path = ROOT, module: str = "monai.bundle") -> subprocess.CompletedProcess:
-    """Run `python -m monai.bundle ARGUMENTS` (or another module) as a person would, from any folder."""
-    environment = os.environ | {"PYTHONPATH": ""}
+# Starts command lines in processes that are forked from one that has imported what they import, so that each is spared
+# the longest part of its start, and hands out their exit status. `first` arranges what is to fail in one.
+FORKING = """
+import json, os, runpy, signal, sys
+import monai.bundle, torch.utils.tensorboard
+import scripts.__main__, scripts.bids_derivative, scripts.html_report, scripts.probabilities, scripts.resume
+import scripts.tracking
+
+for line in sys.stdin:
+    order = json.loads(line)
+    if "wait" in order:
+        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
+        continue
+    if pid := os.fork():
+        print(pid, flush=True)
+        continue
+    for stream, path in enumerate([os.devnull, *order["streams"]]):
+        os.dup2(os.open(path, os.O_RDWR | (os.O_CREAT | os.O_TRUNC if stream else 0)), stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.alarm(300)  # what hangs is ended
+    os.environ.clear()
+    os.environ.update(order["environment"])
+    exec(order["first"], {})
+    sys.argv = [order["module"], *order["arguments"]]
+    sys.orig_argv = [sys.executable, "-m", *sys.argv]
+    runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+    sys.exit()
+"""
+
+
+class Commands:
+    """Commands in the root of the repository, as processes of their own, see FORKING; one at a time."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        self.streams = [f"{self.folder.name}/{name}" for name in ("stdout", "stderr")]
+        self.process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", FORKING],
+            cwd=ROOT, env=os.environ | {"PYTHONPATH": ""}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        atexit.register(self.close)
+
+    def close(self) -> None:
+        self.process.communicate(timeout=60)
+        self.folder.cleanup()
+
+    def ask(self, **order: Any) -> int:
+        self.process.stdin.write(json.dumps(order) + "\n")
+        self.process.stdin.flush()
+        return int(self.process.stdout.readline())
+
+    def start(self, arguments: Sequence[str], first: str = "", module: str = "monai.bundle") -> int:
+        """Start one and return its process id; the former must have been waited for."""
+        environment = os.environ | {"PYTHONPATH": ""}
+        order = {"module": module, "first": first, "environment": environment, "streams": self.streams}
+        return self.ask(arguments=arguments, **order)
+
+    def wait(self, pid: int) -> subprocess.CompletedProcess:
+        status = self.ask(wait=pid)
+        return subprocess.CompletedProcess((), status, *(Path(path).read_text() for path in self.streams))
+
+    def run(
+        self, arguments: Sequence[str], first: str = "", module: str = "monai.bundle"
+    ) -> subprocess.CompletedProcess:
+        return self.wait(self.start(arguments, first, module))
+
+    def run_and_kill(self, arguments: Sequence[str], seconds: float) -> subprocess.CompletedProcess:
+        pid = self.start(arguments)
+        time.sleep(seconds)
+        os.kill(pid, signal.SIGKILL)
+        return self.wait(pid)
+
+
+@cache
+def forked_commands() -> Commands:
+    return Commands()
+
+
+def bundle(
+    *arguments: str, cwd: Path = ROOT, module: str = "monai.bundle", fresh: bool = False
+) -> subprocess.CompletedProcess:
+    """Run `python -m monai.bundle ARGUMENTS` (or another module) as a person would, from any folder.
+
+    In the root of the repository the process is forked from one that has imported it all, unless it must be `fresh`.
+    """
+    if cwd == ROOT and not fresh:
+        return forked_commands().run(arguments, module=module)
     return subprocess.run(
         [sys.executable, "-W", "ignore", "-m", module, *arguments],
         cwd=cwd,
-        env=environment,
+        env=os.environ | {"PYTHONPATH": ""},
         capture_output=True,
         text=True,
         timeout=300,

@@ -259,7 +259,9 @@ def test_a_mask_is_applied_to_both_scans(tmp_path):
 def test_a_head_with_its_skull_is_refused(tmp_path):
     head = np.arange(1, 15001, dtype=np.float32).reshape(20, 25, 30)
     for name, voxel in (("big", 5.2), ("small", 5.0)):  # 2.1 and 1.9 litres
-        nib.save(nib.Nifti1Image(head, np.diag([voxel, voxel, voxel, 1])), tmp_path / f"{name}.nii")
-    LoadSubjectd()({"image": [str(tmp_path / "small.nii")] * 2})
-    with pytest.raises(InputError, match=r"big.nii: T1 is above 0 in 2,109 ml, more than any brain has"):
-        LoadSubjectd()({"image": [str(tmp_path / "big.nii")] * 2})
+        for kind, values in (("T1", head), ("T2", -head)):
+            image = nib.Nifti1Image(values, np.diag([voxel, voxel, voxel, 1]))
+            nib.save(image, tmp_path / f"{name}-{kind}.nii")
+    LoadSubjectd()({"image": [str(tmp_path / f"small-{kind}.nii") for kind in ("T1", "T2")]})
+    with pytest.raises(InputError, match=r"big-T1.nii: T1 is above 0 in 2,109 ml, more than any brain has"):
+        LoadSubjectd()({"image": [str(tmp_path / f"big-{kind}.nii") for kind in ("T1", "T2")]})

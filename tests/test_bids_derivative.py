@@ -98,7 +98,8 @@ def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".n
 
 @pytest.fixture
 def tiny() -> dict[str, np.ndarray]:
-    return {kind: np.arange(1, 337, dtype=np.int16).reshape(6, 7, 8) for kind in ("T1", "T2")}
+    values = np.arange(1, 337, dtype=np.int16).reshape(6, 7, 8)
+    return {"T1": values, "T2": values[::-1]}
 
 
 @pytest.fixture

@@ -2,12 +2,10 @@
 
 import errno
 import json
-import os
 import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,7 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import QUICK, ROOT, last_line, save_subject
+from conftest import QUICK, Commands, forked_commands, last_line, save_subject
 from PIL import Image
 from test_distributed import run, torchrun
 from test_resume import same
@@ -25,71 +23,10 @@ from test_resume import same
 from scripts.errors import InputError, one_line_of
 from scripts.writers import alone, read_csv, whole_files
 
-# Starts the bundle's command line in processes that are forked from one that has imported what it imports, so that each
-# is spared the longest part of its start, and hands out their exit status. `first` arranges what is to fail in one.
-FORKING = """
-import json, os, runpy, signal, sys
-import monai.bundle, torch.utils.tensorboard
-import scripts.__main__, scripts.bids_derivative, scripts.html_report, scripts.probabilities, scripts.resume
-import scripts.tracking
-
-for line in sys.stdin:
-    order = json.loads(line)
-    if "wait" in order:
-        print(os.waitstatus_to_exitcode(os.waitpid(order["wait"], 0)[1]), flush=True)
-        continue
-    if pid := os.fork():
-        print(pid, flush=True)
-        continue
-    for stream, path in enumerate(order["streams"], 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.alarm(120)  # what hangs is ended
-    exec(order["first"], {})
-    sys.argv = ["monai.bundle", *order["arguments"]]
-    runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
-    sys.exit()
-"""
-
-
-class Commands:
-    """The bundle's commands as real processes, see FORKING."""
-
-    def __init__(self, folder: Path) -> None:
-        self.streams = [str(folder / name) for name in ("stdout", "stderr")]
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", FORKING],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": ""}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-
-    def ask(self, **order) -> int:
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        return int(self.process.stdout.readline())
-
-    def start(self, arguments: list[str], first: str = "") -> int:
-        """Start one and return its process id; the former must have been waited for."""
-        return self.ask(arguments=arguments, first=first, streams=self.streams)
-
-    def wait(self, pid: int) -> subprocess.CompletedProcess:
-        status = self.ask(wait=pid)
-        return subprocess.CompletedProcess((), status, *(Path(path).read_text() for path in self.streams))
-
-    def run(self, arguments: list[str], first: str = "") -> subprocess.CompletedProcess:
-        return self.wait(self.start(arguments, first))
-
-    def run_and_kill(self, arguments: list[str], seconds: float) -> subprocess.CompletedProcess:
-        pid = self.start(arguments)
-        time.sleep(seconds)
-        os.kill(pid, signal.SIGKILL)
-        return self.wait(pid)
-
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory) -> Iterator[Commands]:
-    commands = Commands(tmp_path_factory.mktemp("commands"))
-    yield commands
-    commands.process.communicate(timeout=60)
+def commands() -> Commands:
+    return forked_commands()
 
 
 @pytest.fixture(scope="module")

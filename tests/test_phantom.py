@@ -26,6 +26,7 @@ def folder(tmp_path_factory):
         "--seed",
         "5",
         module="scripts",
+        fresh=True,
     )
     assert result.returncode == 0, result.stderr
     assert str(directory) in result.stdout

@@ -142,7 +142,7 @@ def test_t2_beside_on_another_grid(tmp_path):
 
 def test_path_beside_the_image_does_not_disturb_a_change_of_voxel_size(tmp_path):
     """MONAI Label puts `image_path` there."""
-    save_volume(tmp_path / "both.nii.gz", np.stack([VALUES, VALUES], axis=-1))
+    save_volume(tmp_path / "both.nii.gz", np.stack([VALUES, VALUES[::-1]], axis=-1))
     loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz"), "image_path": "both.nii.gz"})
     assert Spacingd("image", pixdim=[2, 2, 2])(loaded)["image_path"] == "both.nii.gz"
 
@@ -177,7 +177,7 @@ def test_published_normalisation(tmp_path):
 def test_constant_image_is_refused(tmp_path):
     with pytest.raises(InputError, match="the T2 of this subject is constant inside the brain"):
         LoadSubjectd()(subject_of(tmp_path / "mask", T1=VALUES, T2=np.full_like(VALUES, 5)))
-    loaded = LoadSubjectd()(subject_of(tmp_path / "scan", T1=VALUES, T2=VALUES))
+    loaded = LoadSubjectd()(subject_of(tmp_path / "scan", T1=VALUES, T2=VALUES[::-1]))
     for channel, name in ((1, "T2"), (0, "T1")):  # T1 nowhere above 0, as after resampling a brain of a few voxels
         loaded["image"][channel] = 0
         with pytest.raises(InputError, match=f"the {name} of this subject is constant inside the brain"):
