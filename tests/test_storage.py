@@ -690,7 +690,7 @@ def test_all_commands_by_url_give_what_they_give_by_path(s3, dataset, tmp_path, 
     s3.get("brains/labels/", str(copy), recursive=True)
     assert read_csv(copy / "metrics.csv") == read_csv(tmp_path / "eval" / "metrics.csv")
     assert read_csv(copy / "volumes.csv") == read_csv(tmp_path / "labels" / "volumes.csv")
-    labels = [np.asarray(nib.load(folder / names[1]).dataobj) for folder in (copy, tmp_path / "labels")]
+    labels = [np.asarray(nib.load(folder / names[2]).dataobj) for folder in (copy, tmp_path / "labels")]
     np.testing.assert_array_equal(*labels)
 
 
