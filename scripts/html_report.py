@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 
 from scripts.distributed import gathered
 from scripts.metrics import tissue_volumes
-from scripts.provenance import provenance
+from scripts.provenance import ProvenanceSaver
 from scripts.report import (
     DISAGREEMENT_COLOR,
     TISSUE_COLORS,
@@ -226,25 +226,20 @@ class ReportSaver(BackgroundWriter):
 
     Args:
         output_dir: the folder to write to, where the TensorBoard log of a training may lie too.
-        settings: those to be told, by name; `checkpoints` and `precision` must be among them.
+        provenance: what it told when the engine started; stands before this handler.
         scores: the table of `scripts.metrics.ScoreTable`; None where nothing is scored.
     """
 
-    def __init__(self, output_dir: str, settings: Mapping[str, Any], scores: str | None = None) -> None:
+    def __init__(self, output_dir: str, provenance: ProvenanceSaver, scores: str | None = None) -> None:
         super().__init__(output_dir)
-        self.settings = settings
+        self.provenance = provenance
         self.scores = scores
         self.parts: list[Part] = []
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.note_provenance)
+        engine.add_event_handler(Events.STARTED, self.parts.clear)
         super().attach(engine)
         engine.add_event_handler(Events.COMPLETED, self.save)
-
-    def note_provenance(self, engine: Engine) -> None:
-        """Say what is about to run; a training may replace a checkpoint meanwhile."""
-        self.parts.clear()
-        self.provenance = provenance(engine, self.settings)
 
     def write(self, item: dict[str, Any]) -> None:
         self.parts.append(subject_part(item, with_pictures=len(self.parts) < MOST_VIEWERS))
@@ -256,7 +251,8 @@ class ReportSaver(BackgroundWriter):
             return
         parts = [part if n < MOST_VIEWERS else replace(part, pictures=None) for n, part in enumerate(parts)]
         rows = read_csv(self.scores) if self.scores else []
-        page = render(parts, self.provenance, {row["subject"]: row for row in rows}, training_history(self.output_dir))
+        scores = {row["subject"]: row for row in rows}
+        page = render(parts, self.provenance.told, scores, training_history(self.output_dir))
         with whole_files(self.output_dir) as temporary:
             # a path in the command needn't be UTF-8; Python has surrogates in place of what isn't
             (temporary / NAME).write_text(page, encoding="utf-8", errors="backslashreplace")

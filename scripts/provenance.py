@@ -18,6 +18,7 @@ from ignite.engine import Engine, Events
 
 from scripts.exported import is_exported
 from scripts.inferers import network_precision
+from scripts.package import NAME
 from scripts.storage import without_credentials
 from scripts.weights import checkpoint_paths, holds
 from scripts.writers import whole_files
@@ -111,7 +112,7 @@ def made_by(checkpoints: str | Sequence[str]) -> str:
     """
     paths = checkpoint_paths(checkpoints)
     weights = f", weights {sha256(*paths)[:16]}" if all(Path(path).is_file() for path in paths) else ""
-    return f"infant_brain_mri_skipdenseseg {metadata()['version']}{weights}"
+    return f"{NAME} {metadata()['version']}{weights}"
 
 
 class ProvenanceSaver:
@@ -158,8 +159,9 @@ class ProvenanceSaver:
         if not self.written:
             self.write()
 
-    @idist.one_rank_only()
     def write(self) -> None:
+        if idist.get_rank() > 0:
+            return
         made = {}
         if self.written and self.weights and Path(self.weights).is_file():
             made = {f"weights {self.weights}": f"SHA-256 {sha256(self.weights)}"}

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from scripts.bids import needed_files
 from scripts.errors import InputError
-from scripts.writers import BackgroundWriter, whole_files
+from scripts.writers import UNFINISHED, BackgroundWriter, whole_files
 
 PATIENCE = 60.0  # seconds for which a server that doesn't answer is asked again
 # where an upload appears whole or not at all, so that it needs no temporary name
@@ -40,7 +40,7 @@ LASTING_ERRORS = (
     *(ValueError, NotImplementedError),
 )
 LASTING_ERRNOS = {errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
-UNFINISHED, KEPT, RECORD, LOCK = ".unfinished-", ".kept-", ".copied.json", ".lock"
+KEPT, RECORD, LOCK = ".kept-", ".copied.json", ".lock"
 
 logger = logging.getLogger(__name__)
 

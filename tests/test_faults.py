@@ -134,23 +134,16 @@ MOMENTS = [pytest.param(number, marks=pytest.mark.slow if number else ()) for nu
 
 
 @pytest.mark.parametrize("number", MOMENTS)
-def test_training_killed_at_any_moment_ends_as_if_it_had_not_been(commands, scans, tmp_path, trained, number):
-    moment = np.random.default_rng([1, number]).uniform(0, trained.seconds)
-    commands.run_and_kill(resumable(scans, tmp_path / "out"), moment)
+@pytest.mark.parametrize("command", ["training", "inference"])
+def test_command_killed_at_any_moment_ends_as_if_it_had_not_been(commands, scans, tmp_path, request, command, number):
+    arguments = {"training": resumable, "inference": segmenting}[command](scans, tmp_path / "out")
+    undisturbed = request.getfixturevalue({"training": "trained", "inference": "segmented"}[command])
+    moment = np.random.default_rng([*command.encode(), number]).uniform(0, undisturbed.seconds)
+    commands.run_and_kill(arguments, moment)
     assert_whole(tmp_path / "out")
-    result = commands.run(resumable(scans, tmp_path / "out"))
+    result = commands.run(arguments)
     assert result.returncode == 0, result.stderr
-    assert_same_results(tmp_path / "out", trained.output)
-
-
-@pytest.mark.parametrize("number", MOMENTS)
-def test_inference_killed_at_any_moment_is_made_good_by_the_next(commands, scans, tmp_path, segmented, number):
-    moment = np.random.default_rng([2, number]).uniform(0, segmented.seconds)
-    commands.run_and_kill(segmenting(scans, tmp_path / "out"), moment)
-    assert_whole(tmp_path / "out")
-    result = commands.run(segmenting(scans, tmp_path / "out"))
-    assert result.returncode == 0, result.stderr
-    assert_same_results(tmp_path / "out", segmented.output)
+    assert_same_results(tmp_path / "out", undisturbed.output)
 
 
 def test_what_killed_runs_left_unfinished_is_removed_by_the_next_of_their_kind(tmp_path):

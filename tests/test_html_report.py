@@ -26,6 +26,7 @@ from scripts import html_report
 from scripts.html_report import MOST_VIEWERS, Part, ReportSaver, render, subject_part
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
+from scripts.provenance import ProvenanceSaver
 from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import Tissue
@@ -167,7 +168,9 @@ def report_of(
         engine.state.batch, engine.state.output = [item], [{}]
 
     settings = {"checkpoints": str(WEIGHTS), "precision": "fp32", "dataset_dir": "the/data"} | settings
-    ReportSaver(str(output), settings, str(output / "metrics.csv") if scored else None).attach(engine)
+    provenance = ProvenanceSaver(str(output), "inference", settings)
+    provenance.attach(engine)
+    ReportSaver(str(output), provenance, str(output / "metrics.csv") if scored else None).attach(engine)
     engine.run(range(len(items)))
     return (output / "report.html").read_text(encoding="utf-8")
 
@@ -178,7 +181,10 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
     items = [subject(brains[0], "1", labeled=True), subject(brains[1], "2", labeled=True)]
     write_csv(tmp_path / "metrics.csv", [{"subject": item["subject"]} | scores_of(0.8) for item in items])
     page = report_of(items, tmp_path, scored=True)
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "notes.txt", "metrics.csv"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("report.html", "inference-provenance.json"),
+        *("notes.txt", "metrics.csv"),
+    }
     told = capsys.readouterr().out.strip()
     kinds = "volume out of range (1, 2); few foreground voxels (1, 2)"
     assert told.startswith(f"report: {tmp_path / 'report.html'}; warnings: {kinds}")

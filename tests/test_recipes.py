@@ -7,7 +7,9 @@ import torch
 from conftest import ROOT
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
+from monai.transforms import SpatialPadd
 
+from scripts.datasets import Draw
 from scripts.errors import InputError
 from scripts.inferers import FixedLossScale, float16_or_auto, needs_loss_scaling
 
@@ -133,3 +135,23 @@ def test_loss_scale_of_256_holds_where_float16_is_computed():
     engine.scaler = torch.amp.GradScaler("cpu")
     FixedLossScale(None).replace(engine)
     assert engine.scaler.get_scale() == 2**16
+
+
+@pytest.mark.parametrize(("patch_size", "shape"), [(32, (32, 32, 32)), ([16, 48, 64], (16, 48, 64))])
+def test_robust_recipe_cuts_what_it_turns_from_larger_patches(dataset, tmp_path, patch_size, shape):
+    config = workflow(dataset, tmp_path, "robust", patch_size=patch_size).parser
+    assert isinstance(config.get_parsed_content("train#deterministic_transforms#5"), SpatialPadd)
+    patches = [config.get_parsed_content("train#dataset")[Draw(n % 2, n)] for n in range(8)]
+    for patch in (patch[0] if isinstance(patch, list) else patch for patch in patches):
+        assert (patch["image"].shape, patch["label"].shape) == ((2, *shape), (1, *shape))
+        assert patch["image"].isfinite().all()
+        assert {*patch["label"].unique().tolist()} <= {0, 1, 2, 3}
+
+
+def test_robust_recipe_begins_as_the_default():
+    default = json.loads((CONFIGS / "train.json").read_text())["train"]["random_transforms"]
+    robust = json.loads((CONFIGS / "recipes" / "robust.json").read_text())["train#random_transforms"]
+    assert default[:3] == robust[:3]
+    assert default[3] | {"spatial_size": "@crop_size"} == robust[3]
+    assert default[4] == robust[4]
+    assert default[-1] == robust[-1]
