@@ -21,6 +21,8 @@ from scripts.writers import markdown_table, read_csv, whole_files, write_csv
 ROOT = Path(__file__).parents[1]
 # settings that each fold has its own of
 OF_A_FOLD = ("bundle_root", "val_subjects", "ckpt_dir", "checkpoints", "resume")
+# by what a text begins that MONAI takes for code, for another setting or for a part of a file
+MEANT_OTHERWISE = "$@%"
 TITLES = ("CSF", "GM", "WM", "Average")
 
 
@@ -67,13 +69,19 @@ def cross_validate(
         settings: any setting of configs/train.json or configs/evaluate.json, handed on to the command that has it.
 
     Raises:
-        InputError: a setting isn't known or is set for each fold here, OUTPUT_DIR has other folds or something else,
-            or training or evaluating a fold fails.
+        InputError: an id would be taken for code, a setting isn't known or is set for each fold here, OUTPUT_DIR has
+            other folds or something else, or training or evaluating a fold fails.
     """
     overlays = [str(Path(path).resolve()) for path in ensure_tuple(config_file)]
     commands = _commands(overlays, settings)
     labeled = training_subjects(dataset_dir, ())
     require_subjects(labeled, dataset_dir, "train")
+    for subject in labeled:
+        if subject["subject"][0] in MEANT_OTHERWISE:
+            raise InputError(
+                f"{subject['image'][0]}: its id begins with {subject['subject'][0]!r}, by which settings name other "
+                f"things than a subject; rename it"
+            )
     plan = {
         "dataset_dir": str(Path(dataset_dir).resolve()),
         "config_files": overlays,

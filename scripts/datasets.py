@@ -3,6 +3,8 @@
 import atexit
 import itertools
 import logging
+import os
+import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -12,6 +14,7 @@ from typing import Any, Self
 
 import ignite.distributed as idist
 import numpy as np
+import psutil
 import torch
 from ignite.engine import Engine, Events
 from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
@@ -79,7 +82,8 @@ def cached_dataset(
         data: the subjects.
         transform: what prepares them; from its first random transform on it is applied anew each time, and these
             transforms must leave what they are given unchanged, as MONAI's do: in memory they get it uncopied.
-        cache_dir: folder for the cache on disk, which is made for this process and removed when it ends.
+        cache_dir: folder for the cache on disk, which is made for this process and removed when it ends; what processes
+            of this machine left that were killed goes first.
         num_workers: threads that prepare.
         in_memory: whether to keep them in memory; None decides by the first subject's size.
         fallback: the subjects that are taken where `data` has none: those of training, where none is left to validate.
@@ -96,11 +100,22 @@ def cached_dataset(
     if in_memory:
         # copying a volume takes longer than cutting a crop from it
         return _InMemory(data, transform, num_workers=num_workers, copy_cache=_first_random(transform) is None)
-    Path(cache_dir).mkdir(parents=True, exist_ok=True)
-    folder = tempfile.mkdtemp(prefix=".cache-", dir=cache_dir)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    folder = _cache_folder(cache_dir)
     logger.info("prepared subjects are kept in %s until the end", folder)
     return _OnDisk(data, transform, cache_dir=folder)
+
+
+def _cache_folder(parent: str) -> str:
+    """A folder of this process's own, and none of processes of this machine that are gone."""
+    Path(parent).mkdir(parents=True, exist_ok=True)
+    of_this_machine = f".cache-{platform.node()}-"
+    for folder in Path(parent).iterdir():
+        process = folder.name.removeprefix(of_this_machine).split("-")[0]
+        if folder.name.startswith(of_this_machine) and process.isdigit() and not psutil.pid_exists(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+    folder = tempfile.mkdtemp(prefix=f"{of_this_machine}{os.getpid()}-", dir=parent)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def _compute_on_one_core() -> None:

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
 }
 
 
@@ -48,7 +48,11 @@ def input_error_in(error: BaseException | None) -> InputError | None:
 def ran_out_of_memory(error: BaseException) -> bool:
     """Whether an error is Python's, NumPy's or PyTorch's way to say that there is no memory left."""
     # PyTorch has a kind of error for a GPU's memory, and none for that of a processor
-    told = ("out of memory", "can't allocate memory", "bad_alloc")
+    told = (
+        *("out of memory", "can't allocate memory", "bad_alloc"),
+        "could not create a primitive",  # oneDNN, which computes the convolutions
+        "can't start new thread",  # whose stack needs memory
+    )
     return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
 
 

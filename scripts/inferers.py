@@ -13,6 +13,7 @@ import psutil
 import torch
 from ignite.engine import Engine, Events
 from monai.inferers import Inferer, SlidingWindowInferer
+from monai.utils import ensure_tuple_rep
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -28,6 +29,8 @@ UNCERTAINTIES = ("network", "flips", "dropout")
 # Memory of a forward pass for each voxel of a window, in bytes: the most measured over volumes of 128^3 and more, on a
 # processor without AVX-512, where convolutions need the most beside their results. Half precision halves it.
 BYTES_PER_VOXEL = 1500
+# sides of windows are multiples of it: both variants of the network take these
+STEP = 16
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +162,7 @@ def available_memory(device: torch.device) -> int:
     return max(0, min(limits))
 
 
-def fitting_window(size: Sequence[int], voxels: float, step: int = 16) -> list[int]:
+def fitting_window(size: Sequence[int], voxels: float, step: int = STEP) -> list[int]:
     """The largest window of about that many voxels over a volume: the longest side is shortened again and again.
 
     Args:
@@ -174,6 +177,14 @@ def fitting_window(size: Sequence[int], voxels: float, step: int = 16) -> list[i
     return window
 
 
+def _are_sides(sides: Any) -> bool:
+    return (
+        isinstance(sides, Sequence)
+        and len(sides) == 3
+        and all(isinstance(side, int) and side > 0 and side % STEP == 0 for side in sides)
+    )
+
+
 class LargestWindowInferer(SlidingWindowInferer):
     """Sliding windows as large as memory allows: one pass over the volume if it fits.
 
@@ -181,14 +192,18 @@ class LargestWindowInferer(SlidingWindowInferer):
     and not background. The choice is logged. Arguments as MONAI's `SlidingWindowInferer`, but for:
 
     Args:
-        roi_size: 'auto', or the largest window, multiples of the network's stride.
+        roi_size: 'auto', or the sides of the largest window, multiples of STEP; one number stands for three.
 
     Raises:
-        InputError: when called, if memory runs out all the same.
+        InputError: `roi_size` is something else; or when called, if memory runs out all the same.
     """
 
-    def __init__(self, roi_size: Sequence[int] | str = "auto", **kwargs: Any) -> None:
+    def __init__(self, roi_size: Sequence[int] | int | str = "auto", **kwargs: Any) -> None:
         self.automatic = roi_size == "auto"
+        sides = ensure_tuple_rep(roi_size, 3) if isinstance(roi_size, int) else roi_size
+        if not self.automatic and not _are_sides(sides):
+            raise InputError(f"--window_size {roi_size}: must be auto or three multiples of {STEP}, like [64,64,64]")
+        roi_size = sides
         super().__init__(roi_size=(0, 0, 0) if self.automatic else roi_size, **kwargs)
 
     def __call__(

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from scripts.registration import has_values
 from scripts.transforms import Tissue
 
 # ml, mean and standard deviation as reported for these; this project hasn't measured them
@@ -74,9 +75,9 @@ def not_skull_stripped(t1: np.ndarray, voxel_ml: float) -> str | None:
 
 
 def t2_missing(t1: np.ndarray, t2: np.ndarray) -> str | None:
-    """Warning of a T2 (X, Y, Z) that isn't above 0 where T1 is."""
-    share = np.count_nonzero(t2[t1 > 0] <= 0) / np.count_nonzero(t1 > 0)
-    return f"T2 isn't above 0 in {share:.0%} of the brain" if share > LARGEST_WITHOUT_T2 else None
+    """Warning of a T2 (X, Y, Z) that shows nothing where T1 is above 0."""
+    share = np.count_nonzero(~has_values(t1, t2)[t1 > 0]) / np.count_nonzero(t1 > 0)
+    return f"T2 shows nothing in {share:.0%} of the brain" if share > LARGEST_WITHOUT_T2 else None
 
 
 def other_voxel_size(sizes: np.ndarray) -> str | None:

@@ -6,6 +6,7 @@ dataset have no label, and more in their dict: see `scripts.bids.BidsSubject`.
 """
 
 import logging
+import os
 import posixpath
 import re
 from collections.abc import Collection, Iterator
@@ -43,11 +44,13 @@ Ids = int | str | Collection[int | str]
 
 def natural_order(subject: str) -> list[tuple[bool, int, str]]:
     """Sort key by which subject 9 comes before subject 10."""
-    return [(part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", subject) if part]
+    return [
+        (part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", subject) if part
+    ]
 
 
-def _is_hidden(path: Path) -> bool:
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _volume_file(path: Path) -> Path:
@@ -78,11 +81,30 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
 def _named_files(directory: str, but_in: Collection[str] = ("derivatives",)) -> Iterator[tuple[re.Match[str], Path]]:
     """Files in a folder and those below it that are named as a subject's; those in a folder of `but_in` aren't."""
     root = Path(directory)
-    for path in sorted(root.glob("**/*")):
-        name = FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name)
-        inside = path.relative_to(root)
-        if name and not _is_hidden(inside) and inside.parts[0] not in but_in:
+    for path in sorted(_below(root, {root / name for name in but_in})):
+        if name := FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name):
             yield name, path
+
+
+def _below(root: Path, but: Collection[Path]) -> Iterator[Path]:
+    """All that isn't hidden in a folder and those below it, but for some; folders that links lead to are entered once.
+
+    Raises:
+        InputError: a folder can't be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: can't be read ({error.strerror}); allow it, or take the folder away")
+
+    entered: set[str] = set()
+    # a folder that isn't there holds nothing
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True) if root.is_dir() else ():
+        if (real := os.path.realpath(folder)) in entered:
+            folders.clear()
+            continue
+        entered.add(real)
+        folders[:] = sorted(name for name in folders if not _is_hidden(name) and Path(folder, name) not in but)
+        yield from (Path(folder, name) for name in (*folders, *files) if not _is_hidden(name))
 
 
 def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError]]:
@@ -127,9 +149,9 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
         The subjects by ascending id; none where the folder holds none.
 
     Raises:
-        InputError: a T1 without its T2 or the reverse, a label without images, half of an Analyze pair, what is named
-            so but isn't a file, two files for one volume, or images beside an HDF5 file; both layouts in one folder;
-            or as `find_bids_subjects`.
+        InputError: a T1 without its T2 beside it or the reverse, a label without images, half of an Analyze pair, what
+            is named so but isn't a file, two files for one volume, or images beside an HDF5 file; both layouts in one
+            folder; a folder that can't be read; or as `find_bids_subjects`.
     """
     subjects, bad = _good_and_bad_subjects(dataset_dir)
     for error in bad.values():
@@ -166,6 +188,11 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
                 f"{next(iter(files.values()))}: subject {subject_id} has no {modality}; "
                 f"put subject-{subject_id}-{modality} beside it"
             )
+    if files["T1"].parent != files["T2"].parent:
+        raise InputError(
+            f"{files['T2']}: lies elsewhere than {files['T1']}, and may be another child's; put T1 and T2 of a subject "
+            f"into one folder, and give each subject an id of its own"
+        )
     subject: Subject = {"subject": subject_id, "image": [str(files["T1"]), str(files["T2"])]}
     if "LABEL" in files:
         subject["label"] = str(files["LABEL"])

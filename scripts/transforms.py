@@ -1,6 +1,7 @@
 """From the files of a subject to what the network takes: load, check, normalise."""
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -18,7 +19,10 @@ from monai.utils import MetaKeys, SpaceKeys
 from nibabel.fileholders import FileHolder
 from nibabel.openers import ImageOpener
 
-from scripts.errors import InputError
+from scripts.errors import InputError, ran_out_of_memory
+from scripts.registration import has_values, not_registered
+
+logger = logging.getLogger(__name__)
 
 
 class Tissue(IntEnum):
@@ -45,6 +49,7 @@ LARGEST_BRAIN = 2000
 LONGEST_SIDE = 512  # mm; in HDF5, which is of 1 mm, voxels
 VOXEL_SIZES = (0.1, 10)  # mm
 MOST_VALUES = 2**28  # of all volumes in a file; 1 GB as float32
+MOST_AFTER_VALUES = 2**24  # bytes
 LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes that a byte of such a file may become when read
 # volume of a voxel as a share of what it would be with right angles; resampling undoes a shear, within reason
 SMALLEST_SHARE_OF_CUBOID = 0.8
@@ -52,6 +57,10 @@ SMALLEST_SHARE_OF_CUBOID = 0.8
 LARGEST_OFFSET = 0.1
 # share of T1 that may be below 0, as a voxel here and there is after resampling
 LARGEST_NEGATIVE_SHARE = 0.01
+# share of the brain that may be without T2, where a label would be a guess; the report warns of less
+LARGEST_SHARE_WITHOUT_T2 = 0.1
+# share of a label that may lie outside the brain, where it is left out; of more than a fifth of this a warning is given
+LARGEST_SHARE_OUTSIDE = 0.25
 
 
 def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
@@ -71,6 +80,8 @@ def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
     except InputError:
         raise
     except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
+        if ran_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: can't be read ({reason}); copy or convert the file again") from error
     if not np.isfinite(values).all():
@@ -96,8 +107,11 @@ def _image_and_values(path: str) -> tuple[nib.spatialimages.SpatialImage, np.nda
             return image, image.get_fdata(dtype=np.float32, caching="unchanged")
         image = type(image).from_file_map({"image": FileHolder(path, file)}, mmap=False)
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
-        while file.read(2**20):  # only at the end of the file its checksum is compared
-            pass
+        after = 0
+        while read := file.read(2**20):  # only at the end of the file its checksum is compared
+            after += len(read)
+            if after > MOST_AFTER_VALUES:
+                raise InputError(f"{path}: goes on long after its last value; copy or convert the file again")
     return image, values
 
 
@@ -119,7 +133,7 @@ def require_brain_scan(path: str, image: nib.spatialimages.SpatialImage) -> None
 
     Raises:
         InputError: it has fewer than three axes, values other than numbers, more of them or another size than a brain
-            scan has, or its affine isn't finite or has its axes far from right angles.
+            scan has, or its affine isn't finite, isn't an affine at all or has its axes far from right angles.
     """
     if len(image.shape) < 3 or 0 in image.shape:
         raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume a file")
@@ -129,6 +143,8 @@ def require_brain_scan(path: str, image: nib.spatialimages.SpatialImage) -> None
     sizes = np.linalg.norm(axes, axis=0)
     if not np.isfinite(image.affine).all():
         raise InputError(f"{path}: its affine has NaN or infinite values; correct its header or convert it again")
+    if not np.array_equal(image.affine[3], [0, 0, 0, 1]):
+        raise InputError(f"{path}: the last row of its affine isn't 0 0 0 1; correct its .mat file or convert it again")
     if sizes.min() < VOXEL_SIZES[0] or sizes.max() > VOXEL_SIZES[1]:
         raise InputError(f"{path}: {_voxels(sizes)} isn't that of a brain scan; correct its header or convert it again")
     if (sizes * image.shape[:3]).max() > LONGEST_SIDE or math.prod(image.shape) > MOST_VALUES:
@@ -228,10 +244,12 @@ def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
     Raises:
         InputError: another value occurs, or the two sets are mixed.
     """
-    present, in_memory, in_iseg = set(np.unique(values).tolist()), {0, *Tissue}, set(ISEG_VALUES)
+    in_memory, in_iseg = {0, *Tissue}, set(ISEG_VALUES)
     remedy = f"use {ISEG_VALUES} or 0, 1, 2, 3 for background, CSF, GM, WM"
-    if unknown := present - in_memory - in_iseg:
-        raise InputError(f"{path}: label value {min(unknown):g} isn't known; {remedy}")
+    found = np.unique(values)
+    if (unknown := found[~np.isin(found, [*in_memory, *in_iseg])]).size:
+        raise InputError(f"{path}: label value {unknown[0]:g} isn't known; {remedy}")
+    present = set(found.tolist())
     if present <= in_memory:
         return values.astype(np.uint8)
     if not present <= in_iseg:
@@ -259,14 +277,17 @@ def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
 
 
 def require_label_of_brain(label: np.ndarray, t1: np.ndarray, path: str) -> None:
-    """Refuse a label (X, Y, Z) with most of its tissues outside the brain of T1, by InputError."""
-    labeled = label > 0
-    if np.count_nonzero(labeled & (t1 > 0)) < np.count_nonzero(labeled) / 2:
-        raise InputError(f"{path}: most of the label lies outside the brain of T1; check that the two belong together")
+    """Refuse a label (X, Y, Z) with much of its tissues outside the brain of T1, by InputError; warn of some."""
+    outside = np.count_nonzero(label[t1 <= 0]) / max(1, np.count_nonzero(label))
+    told = f"{path}: {outside:.0%} of the label lies outside the brain of T1"
+    if outside > LARGEST_SHARE_OUTSIDE:
+        raise InputError(f"{told}; check that the two belong together")
+    if outside > LARGEST_SHARE_OUTSIDE / 5:
+        logger.warning("%s, where it is left out; check that the two belong together", told)
 
 
 def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
-    """Refuse a T1 (X, Y, Z) whose brain isn't where it is above 0: there is none, or a skull, or much is below 0.
+    """Refuse a T1 (X, Y, Z) that is above 0 nowhere, everywhere or in a whole head, or below 0 in many voxels.
 
     Raises:
         InputError: it is so.
@@ -280,12 +301,35 @@ def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
             f"{path}: T1 is above 0 in {volume:,.0f} ml, more than any brain has; give a skull-stripped T1, which is 0 "
             f"outside the brain"
         )
+    if brain == t1.size:
+        raise InputError(
+            f"{path}: T1 is above 0 everywhere, so the brain can't be told from its background; give a skull-stripped "
+            f"T1, which is 0 outside the brain"
+        )
     below = np.count_nonzero(t1 < 0)
     if below > LARGEST_NEGATIVE_SHARE * brain:
         raise InputError(
             f"{path}: T1 is below 0 in {below:,} voxels and above it in {brain:,}, so it doesn't show the brain; give "
             f"a skull-stripped T1, which is above 0 in the brain and 0 outside"
         )
+
+
+def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, sizes: np.ndarray, path: str) -> None:
+    """Refuse a T2 (X, Y, Z) that shows little of the brain of T1, by InputError; warn of one that isn't registered.
+
+    Args:
+        t1: (X, Y, Z), 0 outside the brain.
+        t2: likewise, stripped or not.
+        sizes: of a voxel along the three axes, in mm.
+        path: of T2, for the message.
+    """
+    missing = np.count_nonzero(~has_values(t1, t2)[t1 > 0]) / np.count_nonzero(t1 > 0)
+    if missing > LARGEST_SHARE_WITHOUT_T2:
+        raise InputError(
+            f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and take the same mask"
+        )
+    if warning := not_registered(t1, t2, sizes):
+        logger.warning("%s: isn't registered to T1, it seems: %s", path, warning)
 
 
 def _require_contrast(spreads: Iterable[float], t1_path: str) -> None:
@@ -315,6 +359,10 @@ def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
             f"{file.filename}: '{name}' has shape {shape}, not (1, {channels}, Z, X, Y) with sides of 1 to "
             f"{LONGEST_SIDE}; prepare the file again"
         )
+    # HDF5 crashes the process where a chunk has no room for its checksum of 4 bytes
+    least = 5 if dataset.fletcher32 else 1
+    if dataset.chunks and dataset.id.chunk_iter(lambda chunk: chunk.size < least or None):
+        raise InputError(f"{file.filename}: '{name}' has a chunk without values; copy or prepare the file again")
     return dataset[0]
 
 
@@ -338,6 +386,8 @@ def read_hdf5(path: str) -> tuple[np.ndarray, np.ndarray]:
     except InputError:
         raise
     except Exception as error:  # what h5py raises for a damaged file depends on where the damage is
+        if ran_out_of_memory(error):
+            raise
         reason = " ".join(str(error).split())
         raise InputError(f"{path}: can't be read ({reason}); copy or prepare the file again") from error
     if label.shape[1:] != data.shape[1:]:
@@ -376,9 +426,9 @@ class LoadSubjectd(Transform):
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
 
     Raises:
-        InputError: as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `require_label_of_brain`, `read_hdf5` and
-            `require_brain_only`, mask or label differ in grid, T1 or T2 is constant inside the brain, the two are the
-            same, or the label is 0 everywhere.
+        InputError: as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `require_label_of_brain`, `read_hdf5`,
+            `require_brain_only` and `require_t2_of_brain`, mask or label differ in grid, T1 or T2 is constant inside
+            the brain, the two are the same, or the label is 0 everywhere.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -402,6 +452,9 @@ class LoadSubjectd(Transform):
         _require_contrast(np.ptp(image[:, image[0] > 0], axis=1), t1_path)
         if np.array_equal(*image):
             raise InputError(f"{t1_path}: T1 and T2 of this subject are the same scan; give the T2 itself")
+        t2_path = t1_path if isinstance(data["image"], str) else data["image"][1]
+        if not t1_path.endswith(".h5"):  # in which T2 may be below 0
+            require_t2_of_brain(*image, nib.affines.voxel_sizes(affine), t2_path)
         if label is not None:
             if not label.any():
                 raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or take it away")
@@ -413,7 +466,6 @@ class LoadSubjectd(Transform):
             # where an image has a NIfTI file's name, Spacingd takes any `image_...` beside it, such as the `image_path`
             # of MONAI Label, for a dict of its meta data
             del loaded["image"].meta["filename_or_obj"]
-        t2_path = t1_path if isinstance(data["image"], str) else data["image"][1]
         for name, channel, path in (("t1", image[:1], t1_path), ("t2", image[1:], t2_path)):
             loaded[name] = _meta_tensor(channel.copy(), affine, path)
         if label is not None:

@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.utils import ensure_tuple
 
-from scripts.errors import InputError
+from scripts.errors import InputError, ran_out_of_memory
 from scripts.exported import is_exported
 from scripts.writers import whole_files
 
@@ -29,10 +29,15 @@ def read_checkpoint(path: str) -> Any:
     try:
         if zipfile.is_zipfile(path):  # torch doesn't compare the checksums
             with zipfile.ZipFile(path) as archive:
+                # torch packs nothing, and what is packed may take a thousand times its room
+                if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
+                    raise zipfile.BadZipFile("holds more than its size")
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # what torch raises for a damaged file depends on where the damage is
+        if ran_out_of_memory(error):
+            raise
         if foreign := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
             raise InputError(
                 f"{path}: refers to {foreign[1]}, so loading it could run code; it wasn't loaded; "

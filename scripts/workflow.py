@@ -45,6 +45,8 @@ def given_options(arguments: Sequence[str]) -> dict[str, Any]:
             text = following if value is None else value
             try:
                 options[name.replace("-", "_")] = DefaultParseValue(text)
+            except MemoryError:  # Python's parser has room for so many brackets
+                raise InputError(f"--{name} {text}: can't be read (too many brackets); correct it") from None
             except Exception as error:  # what fire takes for Python and can't evaluate
                 raise InputError(f"--{name} {text}: can't be read ({error}); correct it") from error
     return options

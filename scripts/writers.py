@@ -75,6 +75,11 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
 _kind_of_run = ""  # of the run in this process, in the names of its temporary folders
 
 
+def _forget_kind_of_run() -> None:
+    global _kind_of_run
+    _kind_of_run = ""
+
+
 @contextmanager
 def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
     """A block in which no other run of this kind writes to the folders; what killed ones left unfinished is removed.
@@ -93,6 +98,8 @@ def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
     """
     global _kind_of_run
     with ExitStack() as stack:
+        _kind_of_run = f"{kind}-"
+        stack.callback(_forget_kind_of_run)
         for folder in dict.fromkeys(Path(folder).resolve() for folder in folders) if idist.get_rank() == 0 else ():
             with whole_files(folder):
                 pass  # tells what can't be written before anything is computed
@@ -113,11 +120,7 @@ def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
                 for unfinished in folder.glob(f"{below}{UNFINISHED}{kind}-*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
         idist.barrier()  # before others write
-        _kind_of_run = f"{kind}-"
-        try:
-            yield
-        finally:
-            _kind_of_run = ""
+        yield
 
 
 def made_already(paths: Iterable[Path], description: str) -> bool:
@@ -164,7 +167,7 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
             return ""
         if isinstance(value, float):
             return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-        return str(value)
+        return str(value).replace("|", "\\|")
 
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
@@ -211,7 +214,8 @@ def write_label(path: str | Path, label: np.ndarray, t1_path: str, description: 
         # given an affine, nibabel writes a .mat file beside the pair
         image = nib.Spm2AnalyzeImage(values, None if header_says_it else t1.affine)
         if header_says_it:
-            image.header.set_zooms(t1.header.get_zooms())
+            # nibabel reads a negative length along the fourth axis, and writes none
+            image.header.set_zooms(np.abs(t1.header.get_zooms()))
             image.header["origin"] = t1.header["origin"]
         else:  # readers that don't know of the .mat file take the voxel at 0 mm, counted from 1
             image.header["origin"][:3] = np.round(np.linalg.inv(t1.affine)[:3, 3]) + 1

@@ -17,6 +17,7 @@ import h5py
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import inv_ornt_aff
+from scipy.io import savemat
 
 from scripts.transforms import ISEG_VALUES
 from scripts.writers import write_analyze
@@ -122,6 +123,17 @@ def header_of(kinds: str, *edits: tuple[int, str, tuple[float, ...]], suffix: st
 def without_affines(kinds: str, *edits: tuple[int, str, tuple[float, ...]]) -> Write:
     """As `header_of`, where the voxel size alone tells the grid."""
     return header_of(kinds, (QFORM_CODE, "2h", (0, 0)), *edits)
+
+
+def with_mat(matrix: np.ndarray) -> Write:
+    """A good subject of Analyze pairs, with `.mat` files that say another affine."""
+
+    def write(folder: Path, subject: str) -> None:
+        save(folder, subject, suffix=".hdr", kind=nib.Spm2AnalyzeImage)
+        for path in folder.glob("*.mat"):
+            savemat(path, {"mat": matrix, "M": matrix}, format="4")
+
+    return write
 
 
 def claims(suffix: str) -> Write:
@@ -282,6 +294,13 @@ def external_link(file: h5py.File) -> None:
     file["data"] = h5py.ExternalLink("/etc/hostname", "/data")
 
 
+def chunk_without_room_for_its_checksum(file: h5py.File) -> None:
+    data = file["data"][()]
+    del file["data"]
+    file.create_dataset("data", data=data, chunks=(1, 1, 8, 8, 8), fletcher32=True)
+    file["data"].id.write_direct_chunk((0, 0, 8, 8, 8), b"abc")
+
+
 def empty_label(file: h5py.File) -> None:
     file["label"][...] = 0
 
@@ -307,7 +326,7 @@ WRONG_VOXELS = r"mm isn't that of a brain scan; correct its header or convert it
 NOT_SQUARE = r"its affine is sheared, far from right angles; resample it to a grid without shear$"
 CONSTANT = r"of this subject is constant inside the brain; give the scan itself, not a mask$"
 UNKNOWN_LABEL = r"isn't known; use \(0, 10, 150, 250\) or 0, 1, 2, 3 for background, CSF, GM, WM$"
-OUTSIDE = r"-label.nii.gz: most of the label lies outside the brain of T1; check that the two belong together$"
+OUTSIDE = r"-label.nii.gz: \d+% of the label lies outside the brain of T1; check that the two belong together$"
 HUGE = (DIM, "8h", (3, 32767, 32767, 32767, 1, 1, 1, 1))
 
 FILES = [
@@ -344,6 +363,7 @@ FILES = [
 
 NAMES = [
     Case("with space", save),
+    Case("1\N{SUPERSCRIPT TWO}", save),  # digits that are no number
     Case("it's", save),
     Case('say-"hello"', save),
     Case("naïve-赤ちゃん", save),
@@ -376,6 +396,8 @@ GRIDS = [
     Case("singular", header_of("T1 T2", (SROW_Z, "4f", (0, 0, 0, 0))), f"-T1.nii: .*{WRONG_VOXELS}"),
     Case("two-axes-alike", header_of("T1 T2", (SROW_Y, "8f", (0, 1, 1, 0) + (0,) * 4)), f"-T1.nii: {NOT_SQUARE}"),
     Case("affine-nan", header_of("T1 T2", (SROW_Z, "4f", (0, 0, np.nan, 0))), "-T1.*its affine has NaN .*; correct"),
+    Case("last-row-of-affine-0", with_mat(np.diag([-1, 1, 1, 0])), "-T1.hdr: .* isn't 0 0 0 1; correct its .mat file"),
+    Case("negative-fourth-length", header_of("T1 T2 label", (PIXDIM + 16, "f", (-1,)), suffix=".hdr")),
     Case("sheared", with_values(affine=sheared(1)), f"-T1.nii.gz: {NOT_SQUARE}"),
     Case("sheared-a-little", with_values(affine=sheared(0.3)), resampled=True),
     Case("voxels-of-1.3-mm", with_values(affine=LAS @ np.diag([1.3, 1, 1, 1])), resampled=True),
@@ -433,6 +455,8 @@ VALUES = [
     Case("t1-normalised", with_values(t1=np.where(T1, T1 - 80.0, 0)), "-T1.nii.gz: T1 is below 0 in .*; give a"),
     Case("air-below-0", with_values(t1=np.where(T1, T1, -1024)), "-T1.nii.gz: T1 is below 0 in .*; give a"),
     Case("a-voxel-below-0", with_values(t1=marked(T1, -1, np.int16)), t1_scale=0),
+    Case("t2-moved", with_values(t2=np.roll(T2, (2, 2), (0, 2))), "-T2.nii.gz: T2 shows nothing in .*; register it"),
+    Case("t1-above-0-everywhere", with_values(t1=T1 + 5), "-T1.nii.gz: T1 is above 0 everywhere, .*; give a skull-"),
     Case("t2-normalised", with_values(t2=np.where(T1, T2 - 50.0, -3))),
     Case(
         "whole-head",
@@ -452,6 +476,7 @@ LABELS = [
     Case("label-nan", with_values(label=marked(LABEL, np.nan)), f"-label.nii.gz: {NOT_FINITE}", True),
     Case("label-mixed", with_values(label=marked(ISEG_LABEL, 2)), "-label.*: mixes iSeg's label values .*; use", True),
     Case("label-where-t1-is-0", with_values(label=np.where(T1, 0, np.uint8(150))), OUTSIDE, True),
+    Case("label-moved", with_values(label=np.roll(ISEG_LABEL, (4, 4), (0, 1))), OUTSIDE, True),
     Case("label-of-another", with_values(label=np.roll(ISEG_LABEL, (9, 9, 9), (0, 1, 2))), OUTSIDE, True),
     Case("label-all-0", with_values(label=LABEL * 0), "-label.nii.gz: the label is 0 everywhere; give one with", True),
     Case("label-complex", with_values(label=LABEL * (1 + 1j)), "-label.nii.gz: has colours or complex numbers; ", True),
@@ -471,6 +496,7 @@ HDF5 = [
         r"'data' is a link to elsewhere; copy the dataset itself",
     ),
     Case("h5-truncated", truncated_hdf5, r"can't be read \(.+\); copy or prepare the file again$"),
+    Case("h5-chunk", hdf5(chunk_without_room_for_its_checksum), "'data' has a chunk without values; copy or prepare"),
     Case("h5-label-all-0", hdf5(empty_label), r"the label is 0 everywhere; give one with"),
     Case("h5-beside-images", hdf5_beside_images, r"has .* as well; keep the HDF5 file or the images$"),
 ]

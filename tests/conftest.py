@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -256,6 +256,29 @@ def network() -> SkipDenseSeg:
 @pytest.fixture(scope="session")
 def brains() -> list[dict[str, np.ndarray]]:
     return [small_brain(number) for number in range(2)]
+
+
+@pytest.fixture
+def as_nobody() -> Callable[..., AbstractContextManager[None]]:
+    """A block as a user who may only do in a folder what everybody may; the superuser may do everything."""
+
+    @contextmanager
+    def become(folder: Path) -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        modes = {path: path.stat().st_mode for path in (folder, *folder.parents)}
+        for path, mode in modes.items():
+            path.chmod(mode | 0o55)
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+            for path, mode in modes.items():
+                path.chmod(mode)
+
+    return become
 
 
 @pytest.fixture(scope="session")

@@ -49,7 +49,7 @@ def is_clear(message: str, folder: Path) -> bool:
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether it is, or was raised from, a lack of memory."""
     while error is not None and not ran_out_of_memory(error):
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return error is not None
 
 

@@ -189,10 +189,10 @@ def with_other_records(rng: Rng, content: bytes) -> bytes:
     """A zip archive, whole in itself, of whose records one or two are damaged, missing or under another's name."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
-    for name in rng.choice(list(records), rng.integers(1, 3)):
+    for name in rng.choice(list(records), rng.integers(1, 3), replace=False):
         way = rng.integers(3)
         if way == 0:
-            records.pop(name, None)
+            del records[name]
         else:
             records[name] = damage(rng, records[name]) if way == 1 else records[pick(rng, list(records))]
     file = io.BytesIO()

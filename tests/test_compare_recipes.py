@@ -2,7 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, save_subject
 from monai.bundle import ConfigParser
 from test_tracking import tensorboard_log
 
@@ -96,7 +96,9 @@ class TimedAtOnce:
 
 
 @pytest.mark.slow
-def test_recipes_train_for_the_steps_that_fit_and_are_scored_by_their_last_network(dataset, tmp_path, monkeypatch):
+def test_recipes_train_for_the_steps_that_fit_and_are_scored_by_their_last_network(pieces, tmp_path, monkeypatch):
+    for subject, piece in zip(("1", "9"), pieces, strict=True):
+        save_subject(tmp_path / "data", subject, piece)
     small = {"patch_size": [16, 16, 16], "batch_size": 1}
     recipes = {
         "bundle": small,
@@ -105,7 +107,7 @@ def test_recipes_train_for_the_steps_that_fit_and_are_scored_by_their_last_netwo
     }
     (tmp_path / "comparison.json").write_text(json.dumps(recipes))
     monkeypatch.setattr("scripts.compare_recipes.RECIPES", tmp_path / "comparison.json")
-    options = {"dataset_dir": str(dataset), "val_subjects": [9], "output_dir": str(tmp_path), "seeds": 1}
+    options = {"dataset_dir": str(tmp_path / "data"), "val_subjects": [9], "output_dir": str(tmp_path), "seeds": 1}
     compare_recipes(**options, minutes=0.02, names=["bundle", "UNet"])
     compare_recipes(**options, minutes=0.02, names="mindspore")
     rows = read_csv(tmp_path / "comparison.csv")

@@ -3,6 +3,8 @@
 import itertools
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -153,6 +155,16 @@ def test_settings_that_are_refused_before_anything_starts(dataset, runs, tmp_pat
     assert message in str(error.value)
     assert not runs.commands
     assert not (tmp_path / "cv").exists()
+
+
+@pytest.mark.parametrize("subject", ["$print", "@epochs", "%x.json"])
+def test_id_that_settings_would_take_for_something_else(own_dataset, runs, tmp_path, subject):
+    data = own_dataset(".nii.gz")
+    for kind in ("T1", "T2", "label"):
+        shutil.copy(data / f"subject-1-{kind}.nii.gz", data / f"subject-{subject}-{kind}.nii.gz")
+    with pytest.raises(InputError, match=re.escape(f"subject-{subject}-T1.nii.gz: its id begins with '{subject[0]}'")):
+        cross_validate(str(data), str(tmp_path / "cv"), 3)
+    assert not runs.commands
 
 
 def test_another_plan_in_the_same_folder(dataset, own_dataset, runs, tmp_path):

@@ -1,3 +1,4 @@
+import platform
 import subprocess
 import sys
 import threading
@@ -110,6 +111,23 @@ def test_cache_on_disk_ends_with_the_process(tmp_path):
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "1.0 2.0 2\n", result.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_cache_of_a_killed_process_goes_with_the_next_and_others_stay(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    other = subprocess.Popen(["sleep", "60"])
+    machine = platform.node()
+    gone = tmp_path / f".cache-{machine}-{ended.pid}-a"
+    kept = [f".cache-{machine}-{other.pid}-b", f".cache-elsewhere-{ended.pid}-c", f".cache-{machine}-mine", "scans"]
+    for folder in (gone, *(tmp_path / name for name in kept)):
+        folder.mkdir()
+    cached_dataset([1.0], Compose([ToTensor()]), str(tmp_path), in_memory=False)
+    other.kill()
+    other.wait()
+    assert {path.name for path in tmp_path.iterdir()} >= set(kept)
+    assert len(list(tmp_path.iterdir())) == len(kept) + 1
+    assert not gone.exists()
 
 
 def test_subjects_in_memory_are_cut_from_uncopied_and_unchanged():

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import re
 import shutil
 import signal
@@ -129,8 +130,9 @@ def slow(*parameters):
     return pytest.param(*parameters, marks=pytest.mark.slow)
 
 
-# of the 25 moments one is tried each time
-MOMENTS = [pytest.param(number, marks=pytest.mark.slow if number else ()) for number in range(25)]
+# moments of which one is tried each time, and the others by the slow tests; KILLS makes them more
+KILLS = int(os.environ.get("KILLS", "5"))
+MOMENTS = [pytest.param(number, marks=pytest.mark.slow if number else ()) for number in range(KILLS)]
 
 
 @pytest.mark.parametrize("number", MOMENTS)
@@ -281,7 +283,7 @@ def test_training_that_needs_more_memory_than_there_is(commands, dataset, tmp_pa
 
 def test_window_that_needs_more_memory_than_there_is(commands, dataset, tmp_path):
     large = ["--window_size", "[96,96,96]", "--precision", "fp32"]
-    result = commands.run(segmenting(dataset, tmp_path, *large), first=memory(400))
+    result = commands.run(segmenting(dataset, tmp_path, *large), first=memory(150))
     assert_one_line(result, "memory ran out: a window of", "GB were free", "--window_size")
     assert not [name for name in names(tmp_path) if name.endswith(".nii.gz")]
 
@@ -407,6 +409,8 @@ def test_clock_that_is_set_back(commands, scans, tmp_path, trained, segmented, c
             MemoryError("Unable to allocate 3 GiB"),
             "error: memory ran out (Unable to allocate 3 GiB); lower --batch_size",
         ),
+        (RuntimeError("can't start new thread"), "error: memory ran out (can't start new thread); lower"),
+        (RuntimeError("could not create a primitive"), "error: memory ran out (could not create a primitive); lower"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "error: memory ran out (CUDA out of memory. Tried)"),
         (OSError(errno.EROFS, "Read-only file system", "x"), "error: [Errno 30] Read-only file system: 'x'; make room"),
         (OSError(errno.EIO, "Input/output error"), None),

@@ -110,13 +110,13 @@ def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
 
 
 def test_warnings_stand_at_the_top_and_beside_the_subject():
-    parts = [a_part("1"), a_part("2", warnings={"T2 missing": "T2 isn't above 0 in 3% of the brain"})]
+    parts = [a_part("1"), a_part("2", warnings={"T2 missing": "T2 shows nothing in 3% of the brain"})]
     page = render(parts, PROVENANCE, {}, {})
     top, _, rest = page.partition("</header>")
-    assert "T2 missing (T2 isn&#39;t above 0 in 3% of the brain)" in top
+    assert "T2 missing (T2 shows nothing in 3% of the brain)" in top
     assert 'href="#subject-2">subject 2</a>' in top
     own = rest.split('id="subject-2"')[1]
-    assert "<strong>T2 missing</strong>: T2 isn&#39;t above 0 in 3% of the brain" in own
+    assert "<strong>T2 missing</strong>: T2 shows nothing in 3% of the brain" in own
     assert "<strong>" not in rest.split('id="subject-1"')[1].split('id="subject-2"')[0]
     assert "No warnings." in render(parts[:1], PROVENANCE, {}, {})
 

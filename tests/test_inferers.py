@@ -246,6 +246,16 @@ def test_windows_are_as_large_as_memory_allows(monkeypatch, caplog, megabytes, p
     assert caplog.messages == [f"{ways} 96 x 128 x 112 voxels ({megabytes / 1000:.1f} GB available)"]
 
 
+@pytest.mark.parametrize("size", ["large", [64, 64], [64] * 4, [50, 50, 50], [0, 0, 0], -16, True, None, [64.0] * 3])
+def test_window_that_can_not_be(size):
+    with pytest.raises(InputError, match=r"^--window_size .*: must be auto or three multiples of 16, like"):
+        LargestWindowInferer(size)
+
+
+def test_window_of_one_number():
+    assert LargestWindowInferer(64).roi_size == (64, 64, 64)
+
+
 def test_fitting_window():
     assert fitting_window([160, 192, 160], 1e9) == [160, 192, 160]
     assert fitting_window([160, 192, 160], 160**3) == [160, 160, 160]

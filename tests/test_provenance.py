@@ -1,12 +1,14 @@
 """Results tell how they were made, the same run makes the same results, and nothing of a patient goes along."""
 
 import hashlib
+import itertools
 import json
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, configured, save_subject
 from test_resume import same, train
 
@@ -69,31 +71,53 @@ def test_training_and_evaluation_tell_with_what_they_were_made(dataset, tmp_path
     assert [name.split()[0] for name in resumed.keys() - training.keys()] == ["resumed"]
 
 
-def test_same_seed_gives_the_same_network_to_the_last_bit_by_any_number_of_workers(dataset, tmp_path):
-    runs = {"first": {}, "again": {}, "other seed": {"seed": 1}}
-    for workers in (0, 3):
-        runs[f"{workers} workers"] = {"train#dataset#num_workers": workers, "validate#dataset#num_workers": workers}
-    runs["2 loading workers"] = {"train#dataloader#num_workers": 2}
-    runs["2 loading workers, from disk"] = {"train#dataloader#num_workers": 2, "train#dataset#in_memory": False}
-    for name, settings in runs.items():
-        train(dataset, tmp_path / name, epochs=1, **settings)
-    first, *others = (read_checkpoint(str(tmp_path / name / "last.pt"))["model"] for name in runs)
-    assert [same(first, other) for other in others] == [name != "other seed" for name in list(runs)[1:]]
+@pytest.fixture(scope="module")
+def first(dataset, tmp_path_factory) -> dict[str, torch.Tensor]:
+    """The network of a training."""
+    return trained(dataset, tmp_path_factory.mktemp("first"))
+
+
+def trained(dataset: Path, output: Path, **settings: object) -> dict[str, torch.Tensor]:
+    train(dataset, output, epochs=1, **settings)
+    return read_checkpoint(str(output / "last.pt"))["model"]
+
+
+def preparing(workers: int) -> dict[str, int]:
+    return {"train#dataset#num_workers": workers, "validate#dataset#num_workers": workers}
+
+
+LOADING = {"train#dataloader#num_workers": 2}
+WAYS = {
+    "again": pytest.param({}, marks=pytest.mark.slow),
+    "one process prepares": pytest.param(preparing(0), marks=pytest.mark.slow),
+    "three threads prepare": pytest.param(preparing(3), marks=pytest.mark.slow),
+    "two workers load": pytest.param(LOADING, marks=pytest.mark.slow),
+    "two workers load from disk": LOADING | {"train#dataset#in_memory": False},
+}
+
+
+@pytest.mark.parametrize("settings", WAYS.values(), ids=WAYS)
+def test_same_seed_gives_the_same_network_to_the_last_bit(dataset, first, tmp_path, settings):
+    assert same(first, trained(dataset, tmp_path, **settings))
+
+
+def test_another_seed_gives_another_network(dataset, first, tmp_path):
+    assert not same(first, trained(dataset, tmp_path, seed=1))
 
 
 def save_telling_subject(directory: Path, brain: dict[str, np.ndarray], suffix: str) -> None:
-    """A subject in whose headers a patient's name, number and birthday stand wherever there is room."""
-    save_subject(directory, "1", brain, suffix=suffix)
-    name, number, birthday = (text.encode() for text in OF_A_PATIENT)
+    """Labelled subjects 1 and 2 in whose headers a patient's name, number or birthday stand wherever there is room."""
+    for subject in ("1", "2"):
+        save_subject(directory, subject, brain, suffix=suffix)
     for path in directory.glob(f"*{suffix}"):
         image = nib.load(path, mmap=False)
         values, header = np.asarray(image.dataobj), image.header
-        header["descrip"], header["db_name"], header["aux_file"] = name, number, birthday
-        if suffix == ".hdr":
-            header["patient_id"], header["exp_date"], header["scannum"] = number, birthday, name[:9]
-        else:
-            header["intent_name"] = number
-            header.extensions.append(nib.nifti1.Nifti1Extension("comment", b" ".join((name, number, birthday))))
+        texts = itertools.cycle(OF_A_PATIENT)
+        for field in header:
+            if header[field].dtype.kind == "S" and header[field].dtype.itemsize >= max(map(len, OF_A_PATIENT)):
+                header[field] = next(texts).encode()
+        if suffix != ".hdr":
+            header.extensions.append(nib.nifti1.Nifti1Extension("comment", " ".join(OF_A_PATIENT).encode()))
         nib.save(type(image)(values, image.affine if suffix != ".hdr" else None, header), path)
 
 
@@ -111,8 +135,9 @@ def test_nothing_of_a_patient_goes_from_headers_into_results(brains, tmp_path, s
     for label_suffix in (".hdr", ".nii"):
         settings = {"label_suffix": label_suffix, "probabilities": True, "uncertainty": "network"}
         configured(data, output, "inference.json", subjects=[1], **settings).run()
+    configured(data, output, "train.json", val_subjects=[1], ckpt_dir=str(output), **QUICK).run()
     configured(data, output, "train.json", "evaluate.json", run_id="evaluating", val_subjects=[1]).run()
     written = [path for path in output.rglob("*") if path.is_file()]
-    assert {".hdr", ".nii", ".gz", ".png", ".csv", ".json", ".html"} <= {path.suffix for path in written}
+    assert {".hdr", ".nii", ".gz", ".png", ".csv", ".json", ".html", ".pt"} <= {path.suffix for path in written}
     for path in written:
         assert not [text for text in OF_A_PATIENT if text.encode() in content(path)], path

@@ -73,7 +73,7 @@ def test_warning_of_missing_t2():
     t2[0, :10, 0] = 0
     assert t2_missing(t1, t2) is None
     t2[1, 0, 0] = 0
-    assert t2_missing(t1, t2) == "T2 isn't above 0 in 1% of the brain"
+    assert t2_missing(t1, t2) == "T2 shows nothing in 1% of the brain"
 
 
 @pytest.mark.parametrize("width", [40, 41])

@@ -98,6 +98,7 @@ def test_absent_folder_has_no_subjects(tmp_path):
         (["subject-1-T1.img"], r"subject-1-T1.img: its header subject-1-T1.hdr is missing"),
         ([*analyze("subject-1-T1"), "subject-1-T1.nii.gz"], r"subject 1 has .*subject-1-T1.hdr as well; keep one"),
         (["a/subject-1-T1.nii", "b/subject-1-T1.nii"], r"keep one of the two"),
+        (["a/subject-1-T1.nii", "b/subject-1-T2.nii"], r"b/subject-1-T2.nii: lies elsewhere than .*a/subject-1-T1.nii"),
         (["train_iseg_nocut_1.h5", "subject-1-T1.nii"], r"nocut_1.h5: subject 1 has .*subject-1-T1.nii as well; keep"),
         (["a/train_iseg_nocut_1.h5", "b/train_iseg_nocut_1.h5"], r"subject 1 has .*nocut_1.h5 as well; keep one"),
     ],
@@ -105,6 +106,22 @@ def test_absent_folder_has_no_subjects(tmp_path):
 def test_incomplete_or_ambiguous_subjects_are_refused(tmp_path, names, message):
     with pytest.raises(InputError, match=message):
         find_subjects(str(touch(tmp_path, *names)))
+
+
+def test_folders_behind_links_are_entered_once(tmp_path):
+    touch(tmp_path / "elsewhere", "subject-1-T1.nii", "subject-1-T2.nii")
+    data = tmp_path / "data"
+    touch(data, "subject-2-T1.nii", "subject-2-T2.nii", "derivatives/subject-3-T1.nii")
+    for link, target in (("one", tmp_path / "elsewhere"), ("two", tmp_path / "elsewhere"), ("itself", data)):
+        (data / link).symlink_to(target)
+    assert ids(find_subjects(str(data))) == ["1", "2"]
+
+
+def test_folder_that_can_not_be_read(tmp_path, as_nobody):
+    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii", "more/subject-2-T1.nii")
+    (tmp_path / "more").chmod(0)
+    with as_nobody(tmp_path), pytest.raises(InputError, match=f"{tmp_path}/more: can't be read .*; allow it"):
+        find_subjects(str(tmp_path))
 
 
 def test_ids_that_are_not_there(tmp_path):

@@ -1,3 +1,4 @@
+import gzip
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ from monai.transforms import Spacingd
 
 from scripts.errors import InputError
 from scripts.subjects import find_subjects
-from scripts.transforms import LoadSubjectd, NormalizeByT1Maskd, read_volume, tissue_labels
+from scripts.transforms import LoadSubjectd, NormalizeByT1Maskd, read_hdf5, read_volume, tissue_labels
+from scripts.weights import read_checkpoint
 
 RNG = np.random.default_rng(0)
 VALUES = RNG.integers(0, 900, (5, 6, 7)).astype(np.int16)
+VALUES[0, 0, 0] = 0  # background
 
 
 def subject_of(directory, **volumes) -> dict:
@@ -47,6 +50,27 @@ def test_truncated_file(tmp_path, name):
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError, match=r"volume\S*: can't be read \(.*\); copy or convert the file again"):
         read_volume(str(path.with_suffix(".hdr") if name.endswith(".img") else path))
+
+
+def test_file_that_goes_on_long_after_its_values(tmp_path):
+    save_volume(path := tmp_path / "a.nii.gz", VALUES)
+    whole = path.read_bytes()
+    path.write_bytes(whole + gzip.compress(bytes(2**20)))
+    assert read_volume(str(path))[0].shape == VALUES.shape
+    path.write_bytes(whole + gzip.compress(bytes(2**25)))
+    with pytest.raises(InputError, match=f"{path}: goes on long after its last value; copy"):
+        read_volume(str(path))
+
+
+@pytest.mark.parametrize("read", [read_volume, read_hdf5, read_checkpoint])
+def test_lack_of_memory_is_no_fault_of_the_file(tmp_path, monkeypatch, read):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate")
+
+    for name in ("nibabel.load", "h5py.File", "torch.load"):
+        monkeypatch.setattr(name, fail)
+    with pytest.raises(MemoryError):
+        read(str(tmp_path / "scan"))
 
 
 def test_volume_with_a_real_fourth_dimension(tmp_path):
@@ -186,12 +210,13 @@ def test_constant_image_is_refused(tmp_path):
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory) -> list[dict]:
-    """40 subjects whose T1 is all n and whose T2 is all 100 + n, but for the first voxel."""
+    """40 subjects whose T1 is all n and whose T2 is all 100 + n, but for the first voxel, and the last, which is 0."""
     directory = tmp_path_factory.mktemp("many")
     for n in range(1, 41):
         volume = np.full((12, 12, 12), n, np.int16)
         volume[0, 0, 0] += 1000
-        save_subject(directory, str(n), {"T1": volume, "T2": volume + 100}, labeled=False)
+        volume[-1, -1, -1] = 0
+        save_subject(directory, str(n), {"T1": volume, "T2": np.where(volume, volume + 100, 0)}, labeled=False)
     return find_subjects(str(directory))
 
 
@@ -200,7 +225,7 @@ def assert_none_lost_or_swapped(items) -> None:
     assert len(seen) == 40
     for number, channels in seen:
         assert channels.shape == (2, 12**3)
-        assert torch.equal(channels[:, 1:].unique(dim=1).flatten(), torch.tensor([number, number + 100.0]))
+        assert torch.equal(channels[:, 1:-1].unique(dim=1).flatten(), torch.tensor([number, number + 100.0]))
 
 
 def test_t1_and_t2_under_many_threads(many):

@@ -1,4 +1,6 @@
 import errno
+import io
+import zipfile
 
 import pytest
 import torch
@@ -64,6 +66,17 @@ def test_file_that_is_no_checkpoint(tmp_path, content):
         torch.save(content, path)
     with pytest.raises(InputError, match=str(path)):
         load_weights(SkipDenseSeg(), str(path))
+
+
+def test_checkpoint_that_is_larger_than_its_file(checkpoint):
+    path, network = checkpoint
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as records, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in records.namelist():
+            packed.writestr(name, bytes(len(records.read(name))) if "/data/" in name else records.read(name))
+    assert path.stat().st_size < len(content) / 10
+    with pytest.raises(InputError, match=f"{path}: can't be read as a checkpoint"):
+        load_weights(network, str(path))
 
 
 def test_truncated_checkpoint(checkpoint):

@@ -1,5 +1,6 @@
 import json
 import platform
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -83,9 +84,16 @@ def test_file_of_settings_that_can_not_be_read(option, content, tmp_path):
         refuse_unknown_overrides(["run", "--config_file", TRAIN, f"--{option}", str(path)])
 
 
-def test_value_that_can_not_be_read():
-    with pytest.raises(InputError, match=r"--val_subjects {\[9\]: 1}: can't be read \(unhashable type.*\); correct it"):
-        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, "--val_subjects", "{[9]: 1}"])
+# for which Python's parser has no room
+BRACKETS = "(" * 95 + ")" + "(" * 106 + "," + "(" * 97
+
+
+@pytest.mark.parametrize(("value", "reason"), [("{[9]: 1}", "unhashable type.*"), (BRACKETS, "too many brackets")])
+def test_value_that_can_not_be_read(value, reason):
+    with pytest.raises(
+        InputError, match=rf"^--val_subjects {re.escape(value)}: can't be read \(({reason})\); correct it"
+    ):
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, "--val_subjects", value])
 
 
 def test_override_of_a_component_that_is_not_there(tmp_path):

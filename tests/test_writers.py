@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 
 from scripts.errors import InputError
-from scripts.writers import LabelSaver, whole_files, write_analyze, write_csv, write_label, write_map
+from scripts.writers import LabelSaver, markdown_table, whole_files, write_analyze, write_csv, write_label, write_map
 
 RNG = np.random.default_rng(1)
 LABEL = RNG.integers(0, 4, (5, 6, 7)).astype(np.uint8)
@@ -47,6 +47,21 @@ def test_what_can_not_be_written_ends_in_one_line_and_leaves_what_was_there(tmp_
     )
     assert f"InputError: {tmp_path}: can't be written" in result.stderr.strip().splitlines()[-1]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"table.csv": "old", "model.pt": "old"}
+
+
+def test_file_where_a_folder_should_be_and_the_reverse(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "table.csv" / "mine").mkdir(parents=True)
+    with pytest.raises(InputError, match=f"^{tmp_path}/file: can't be written .*; make room or allow it, or choose"):
+        write_csv(tmp_path / "file" / "table.csv", [{"a": 1}])
+    with pytest.raises(InputError, match=f"^{tmp_path}: can't be written .*; make room or allow it, or choose"):
+        write_csv(tmp_path / "table.csv", [{"a": 1}])
+    assert {path.name for path in tmp_path.iterdir()} == {"file", "table.csv"}
+    assert (tmp_path / "table.csv" / "mine").exists()
+
+
+def test_text_in_a_table_stays_in_its_cell():
+    assert markdown_table([{"subject": "a|b", "dice": 1.0}]).splitlines()[-1] == "| a\\|b | 1 |"
 
 
 def test_success_moves_every_file_into_a_new_folder(tmp_path):

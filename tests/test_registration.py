@@ -1,0 +1,67 @@
+"""A T2 that lies where T1 does is told from one that doesn't, whatever the tissues look like."""
+
+import numpy as np
+import pytest
+
+from scripts.phantom import label_map
+from scripts.registration import FEWEST_VOXELS, has_values, not_registered
+from scripts.synthesis import nominal, patchwork, six_month_subject, varied
+
+RNG = np.random.default_rng(5)
+MILLIMETRE = np.ones(3)
+
+
+@pytest.fixture(scope="module")
+def label() -> np.ndarray:
+    return label_map(RNG)[20:124, 40:140, 70:170]
+
+
+@pytest.fixture(scope="module", params=[nominal, varied, patchwork])
+def scans(request, label) -> tuple[np.ndarray, np.ndarray]:
+    subject = six_month_subject(label, request.param(label, RNG), RNG)
+    return subject["T1"].astype(np.float32), subject["T2"].astype(np.float32)
+
+
+def with_head(t2: np.ndarray) -> np.ndarray:
+    """As it is before it is stripped."""
+    return np.where(t2 > 0, t2, RNG.normal(t2[t2 > 0].mean(), 50, t2.shape))
+
+
+def at(t2: np.ndarray, *millimetres: int) -> np.ndarray:
+    return np.roll(t2, millimetres, (0, 1, 2))
+
+
+@pytest.mark.parametrize("change", [lambda t2: t2, with_head, lambda t2: 7 - t2 / 100])
+def test_t2_in_its_place_and_out_of_it(scans, change):
+    t1, t2 = scans
+    t2 = change(t2)
+    assert not_registered(t1, t2, MILLIMETRE) is None
+    for moved in (at(t2, 2, 0, 0), at(t2, 0, 0, -4), at(t2, 0, 3, 3)):
+        assert "times as much of T1 when moved by 3 mm" in not_registered(t1, moved, MILLIMETRE)
+
+
+def test_voxels_of_another_size(scans):
+    t1, t2 = scans
+    t1, t2 = np.repeat(t1, 2, axis=1), np.repeat(t2, 2, axis=1)
+    sizes = np.array([1, 0.5, 1])
+    assert not_registered(t1, t2, sizes) is None
+    assert not_registered(t1, at(t2, 0, 8, 0), sizes)
+
+
+def test_too_little_to_tell(scans):
+    t1, t2 = scans
+    side = round(FEWEST_VOXELS ** (1 / 3))
+    part = (slice(40, 40 + side),) * 3
+    assert not_registered(t1[part], at(t2, 4, 4, 4)[part], MILLIMETRE) is None
+    assert not_registered(t1[:, :, :9], t2[:, :, :9], MILLIMETRE) is None
+
+
+def test_where_t2_shows_something():
+    t1 = np.zeros((20, 20, 20))
+    t1[5:15, 5:15, 5:15] = 1
+    t2 = np.where(t1, -7.5, 3)
+    t2[5] = 3
+    shown = has_values(t1, t2)
+    assert shown.sum() == 900
+    assert not shown[5].any()
+    assert has_values(np.ones((3, 3, 3)), np.zeros((3, 3, 3))).all()
