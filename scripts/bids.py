@@ -21,6 +21,7 @@ EXPECTED_NAMES = "sub-<label>/[ses-<label>/]anat/*_T1w.nii.gz with *_T2w.nii.gz"
 VERSIONS = ("brain", "preproc", None)
 # grids of the subject's own; scans that were warped to a template are passed over
 OWN_SPACES = (None, "orig", "T1w", "T2w")
+LARGEST_JSON = 10 * 2**20  # bytes; what stands beside a scan has some thousand
 # `desc` of our results
 DESC = "skipdenseseg"
 
@@ -69,7 +70,7 @@ class _Scan:
         return "_".join(part for part in self.name.split("_") if not part.startswith("desc-"))
 
 
-def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, str]]:
+def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, str | InputError]]:
     """All subjects in the `anat` folders of a BIDS dataset, raw or derivative.
 
     Nothing else is looked into, so `derivatives`, `sourcedata`, `code` and files named otherwise are passed over.
@@ -78,17 +79,20 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
         dataset_dir: the folder of the dataset. It needn't exist.
 
     Returns:
-        The subjects, and by id the reason why others that have a T1w or a T2w aren't among them.
-
-    Raises:
-        InputError: a file lies in another subject's or session's folder, or is there both as `.nii` and as `.nii.gz`.
+        The subjects, and by id the reason why others that have a T1w or a T2w aren't among them. Of a whole session it
+            is an InputError, where its folder can't be read, or a file there is another subject's or session's, or
+            there both as `.nii` and as `.nii.gz`.
     """
     root = Path(dataset_dir)
     subjects: list[BidsSubject] = []
-    left_out: dict[str, str] = {}
+    left_out: dict[str, str | InputError] = {}
     for anat in sorted([*root.glob("sub-*/anat/"), *root.glob("sub-*/ses-*/anat/")]):
         session = "_".join(anat.relative_to(root).parts[:-1])
-        scans = [scan for scan in _scans(anat, session) if scan.is_usable]
+        try:
+            scans = [scan for scan in _scans(anat, session) if scan.is_usable]
+        except InputError as error:
+            left_out[session] = error
+            continue
         masks = {scan.key: scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"}
         t1s, t2s = (_best_versions([scan for scan in scans if scan.suffix == suffix]) for suffix in ("T1w", "T2w"))
         if t2s and not t1s:
@@ -124,9 +128,13 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
 
 
 def _scans(anat: Path, session: str) -> Iterator[_Scan]:
-    """T1w, T2w and masks in the folder of a session, such as `sub-01_ses-02`."""
+    """T1w, T2w and masks in the folder of a session, such as `sub-01_ses-02`; InputError where one can't be there."""
     found: dict[str, Path] = {}
-    for path in sorted(anat.iterdir()):
+    try:
+        paths = sorted(anat.iterdir())
+    except OSError as error:
+        raise InputError(f"{anat}: can't be read ({error.strerror}); allow it, or take the folder away") from error
+    for path in paths:
         name = FILE_NAME.fullmatch(path.name)
         if name is None:
             continue
@@ -160,11 +168,18 @@ def _partner(t1: _Scan, t1s: Collection[_Scan], t2s: Collection[_Scan]) -> _Scan
 
 def _says_not_skull_stripped(path: Path) -> bool:
     """Whether the JSON file beside an image says so; derivative datasets must."""
-    try:
-        sidecar = json.loads((path.parent / f"{path.name.split('.')[0]}.json").read_text())
-    except (FileNotFoundError, ValueError):  # what isn't JSON says nothing
-        return False
+    sidecar = read_json(path.parent / f"{path.name.split('.')[0]}.json")
     return isinstance(sidecar, dict) and sidecar.get("SkullStripped") is False
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file of a dataset holds; None where it isn't there, can't be read or is far too large."""
+    try:
+        if not path.is_file() or path.stat().st_size > LARGEST_JSON:  # reading a pipe would never end
+            return None
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):  # it may be nested too deep
+        return None
 
 
 def needed_files(names: Collection[str]) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from scripts.bids import DESC
+from scripts.bids import DESC, read_json
 from scripts.errors import InputError
 from scripts.metrics import VolumeTable, tissue_volumes
 from scripts.provenance import metadata
@@ -18,6 +18,7 @@ from scripts.transforms import Tissue
 from scripts.writers import result_path, segmented_subjects, whole_files, write_csv
 
 BIDS_VERSION = "1.11.1"
+LONGEST_DOI = 200
 # name of the dataset of the scans in the URIs of their files
 SOURCE = "source"
 # labels with their numbers in BIDS's own list, which differ from ours
@@ -157,18 +158,18 @@ class BidsDerivative:
         Raises:
             InputError: it is so, or can't be read.
         """
+        description = read_json(path)
         try:
-            description = json.loads(path.read_text())
             is_own = name in [generator["Name"] for generator in description["GeneratedBy"]]
             source = description["DatasetLinks"][SOURCE] if is_own else None
-        except (ValueError, LookupError, TypeError):
-            is_own, source = False, None
-        if not is_own:
+        except (LookupError, TypeError):
+            source = None
+        if not isinstance(source, str):
             raise InputError(f"{path}: is that of another dataset; choose another --output_dir")
         if source != self.source:
             raise InputError(
-                f"{path}: says that the scans lie in {source}, not in {self.source}; choose another --output_dir, or "
-                f"correct {SOURCE} in its DatasetLinks if they were moved"
+                f"{path}: says that the scans lie in {source:.200}, not in {self.source}; choose another --output_dir, "
+                f"or correct {SOURCE} in its DatasetLinks if they were moved"
             )
 
     def write_missing(self, temporary: Path, name: str, text: str) -> None:
@@ -177,12 +178,10 @@ class BidsDerivative:
 
     def description(self, bundle: Mapping[str, Any]) -> dict[str, Any]:
         """Content of `dataset_description.json`."""
-        of_source = self.dataset_dir / "dataset_description.json"
-        try:
-            doi = json.loads(of_source.read_text()).get("DatasetDOI")
-        except (FileNotFoundError, ValueError, AttributeError):  # it's for its owner to mend
-            doi = None
-        known = ({"DOI": doi} if doi else {}) | ({"URL": self.source} if "://" in self.source else {})
+        of_source = read_json(self.dataset_dir / "dataset_description.json")
+        doi = of_source.get("DatasetDOI") if isinstance(of_source, dict) else None
+        is_doi = isinstance(doi, str) and 0 < len(doi) <= LONGEST_DOI  # else it's for its owner to mend
+        known = ({"DOI": doi} if is_doi else {}) | ({"URL": self.source} if "://" in self.source else {})
         return {
             "Name": bundle["name"],
             "BIDSVersion": BIDS_VERSION,

@@ -80,6 +80,7 @@ CONTENTS = (
     "scripts/probabilities.py",
     "scripts/profiling.py",
     "scripts/provenance.py",
+    "scripts/registration.py",
     "scripts/report.html.jinja",
     "scripts/report.py",
     "scripts/report_pictures.py",

@@ -10,16 +10,20 @@ import json
 import logging
 import os
 import re
+import secrets
+import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
 from concurrent import futures
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import fsspec
 from filelock import FileLock
+from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
@@ -41,6 +45,7 @@ LASTING_ERRORS = (
 )
 LASTING_ERRNOS = {errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
 KEPT, RECORD, LOCK = ".kept-", ".copied.json", ".lock"
+ARRIVING = f"{UNFINISHED}copy-"  # folders of what is being copied in
 
 logger = logging.getLogger(__name__)
 
@@ -163,8 +168,10 @@ class StoredFolder:
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
         self.local = Path(cache_dir) / f"{purpose}-{readable}-{digest}"
         self.seen: dict[str, tuple[int, int]] = {}  # size and time of files known to be on the server
+        # names that can't be foretold, or a link of that name would lead what is written elsewhere
+        self.leaving = f"{UNFINISHED}{secrets.token_hex(8)}-"
         try:
-            self.local.mkdir(parents=True, exist_ok=True)
+            self.local.mkdir(mode=0o700, parents=True, exist_ok=True)  # scans are for nobody else to see
         except OSError as error:
             raise StorageError(f"{self.local}: can't be made ({_text(error)}); choose another --cache_dir") from error
 
@@ -176,9 +183,11 @@ class StoredFolder:
         hidden name, with a warning.
 
         Raises:
-            StorageError: all files are asked for and there are none, or as `_try`.
+            StorageError: all files are asked for and there are none, there is no room for them, or as `_try`.
         """
         with self._turn():
+            for left_by_killed in self.local.glob(f"{ARRIVING}*"):
+                shutil.rmtree(left_by_killed, ignore_errors=True)
             there = self._try(self._list)
             record = self._read_record()
             if names is None and not there:
@@ -198,11 +207,20 @@ class StoredFolder:
                 (self.local / name).unlink(missing_ok=True)
                 record.pop(name, None)
             total = sum(info["size"] for info in outdated.values())
-            with tqdm(
-                total=total, desc=f"copying {self.url}", unit="B", unit_scale=True, disable=not outdated
-            ) as progress:
+            if total > (free := shutil.disk_usage(self.local).free):
+                raise StorageError(
+                    f"{self.url}: {total / 1e6:,.1f} MB are to be copied, and {self.local} has room for "
+                    f"{free / 1e6:,.1f} MB; make room or choose another --cache_dir"
+                )
+            with (
+                tqdm(
+                    total=total, desc=f"copying {self.url}", unit="B", unit_scale=True, disable=not outdated
+                ) as progress,
+                TemporaryDirectory(prefix=ARRIVING, dir=self.local) as arriving,
+            ):
                 for name, info in outdated.items():
-                    record[name] = {"version": _version(info), "md5": self._try(self._fetch, name, info)}
+                    digest = self._try(self._fetch, name, info, Path(arriving) / "file")
+                    record[name] = {"version": _version(info), "md5": digest}
                     self._write_record(record)
                     progress.update(info["size"])
 
@@ -319,15 +337,26 @@ class StoredFolder:
             kept = path.replace(path.with_name(f"{KEPT}{digest[:8]}-{path.name}"))
             logger.warning("%s: was never copied to %s, which has another; kept as %s", path, self.url, kept.name)
 
-    def _fetch(self, name: str, info: dict[str, Any]) -> str:
-        """Copy a file in, which has its name only when it is whole, and return its MD5."""
+    def _fetch(self, name: str, info: dict[str, Any], arriving: Path) -> str:
+        """Copy a file in, which has its name only when it is whole, and return its MD5.
+
+        Raises:
+            StorageError: it is larger than it was when it was listed.
+        """
+
+        def require_not_more(announced: int | None, arrived: int) -> None:
+            if max(announced or 0, arrived) > info["size"]:
+                raise StorageError(
+                    f"{self.url}: {name} has more than the {info['size']:,} bytes that the server said; if it was "
+                    f"replaced meanwhile, run again"
+                )
+
         path = self.local / name
-        unfinished = path.with_name(UNFINISHED + path.name)
-        unfinished.parent.mkdir(parents=True, exist_ok=True)
-        self.fs.get_file(f"{self.root}/{name}", str(unfinished))
-        digest = _md5(unfinished)
-        self._require_same(name, info, unfinished.stat().st_size, digest)
-        unfinished.replace(path)
+        self.fs.get_file(f"{self.root}/{name}", str(arriving), callback=Callback(hooks={"size": require_not_more}))
+        digest = _md5(arriving)
+        self._require_same(name, info, arriving.stat().st_size, digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        arriving.replace(path)
         return digest
 
     def _send(self, name: str, state: tuple[int, int], digest: str) -> dict[str, Any]:
@@ -335,7 +364,7 @@ class StoredFolder:
         path, target = self.local / name, f"{self.root}/{name}"
         if OBJECT_STORES.isdisjoint([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol):
             parent, own_name = target.rsplit("/", 1)
-            unfinished = f"{parent}/{UNFINISHED}{own_name}"
+            unfinished = f"{parent}/{self.leaving}{own_name}"
             self.fs.makedirs(parent, exist_ok=True)
             self.fs.put_file(str(path), unfinished)
             self.fs.mv(unfinished, target)

@@ -9,7 +9,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NotRequired, TypedDict
 
@@ -78,27 +78,29 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
     return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
 
 
-def _named_files(directory: str, but_in: Collection[str] = ("derivatives",)) -> Iterator[tuple[re.Match[str], Path]]:
-    """Files in a folder and those below it that are named as a subject's; those in a folder of `but_in` aren't."""
+def _named_files(
+    directory: str, bad: dict[str, InputError], but_in: Collection[str] = ("derivatives",)
+) -> Iterator[tuple[re.Match[str], Path]]:
+    """Files in a folder and those below it that are named as a subject's; those in a folder of `but_in` aren't.
+
+    What folders can't be read, and why, is put into `bad`.
+    """
     root = Path(directory)
-    for path in sorted(_below(root, {root / name for name in but_in})):
+    for path in sorted(_below(root, {root / name for name in but_in}, bad)):
         if name := FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name):
             yield name, path
 
 
-def _below(root: Path, but: Collection[Path]) -> Iterator[Path]:
-    """All that isn't hidden in a folder and those below it, but for some; folders that links lead to are entered once.
+def _below(root: Path, but: Collection[Path], bad: dict[str, InputError]) -> Iterator[Path]:
+    """All that isn't hidden in a folder and those below it, but for some; what links lead to is entered once."""
 
-    Raises:
-        InputError: a folder can't be read.
-    """
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: can't be read ({error.strerror}); allow it, or take the folder away")
+    def note(error: OSError) -> None:
+        remedy = "allow it, or take the folder away"
+        bad[error.filename] = InputError(f"{error.filename}: can't be read ({error.strerror}); {remedy}")
 
     entered: set[str] = set()
     # a folder that isn't there holds nothing
-    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True) if root.is_dir() else ():
+    for folder, folders, files in os.walk(root, onerror=note, followlinks=True) if root.is_dir() else ():
         if (real := os.path.realpath(folder)) in entered:
             folders.clear()
             continue
@@ -108,10 +110,10 @@ def _below(root: Path, but: Collection[Path]) -> Iterator[Path]:
 
 
 def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError]]:
-    """Files by subject and by kind (T1, T2, LABEL, HDF5), and by subject what is wrong with one of them."""
+    """Files by subject and by kind (T1, T2, LABEL, HDF5), and by subject or folder what is wrong with it."""
     found: dict[str, dict[str, Path]] = {}
     bad: dict[str, InputError] = {}
-    for name, path in _named_files(directory):
+    for name, path in _named_files(directory, bad):
         subject = name["subject"]
         files = found.setdefault(subject, {})
         try:
@@ -160,12 +162,13 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
 
 
 def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, InputError]]:
-    """The subjects as `find_subjects` has them, and by id why others can't be used."""
+    """The subjects as `find_subjects` has them, and by id, or a folder's path, why others can't be used."""
     in_bids, left_out = bids.find_bids_subjects(dataset_dir)
     if in_bids or left_out:
-        for _, path in _named_files(dataset_dir, but_in=("derivatives", "sourcedata", "code")):
+        for _, path in _named_files(dataset_dir, {}, but_in=("derivatives", "sourcedata", "code")):
             raise InputError(f"{path}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder")
-        return sorted(in_bids, key=lambda subject: natural_order(subject["subject"])), {}
+        bad = {subject: reason for subject, reason in left_out.items() if isinstance(reason, InputError)}
+        return sorted(in_bids, key=lambda subject: natural_order(subject["subject"])), bad
     found, bad = _find_volumes(dataset_dir)
     subjects: list[Subject] = []
     for subject_id in sorted(found.keys() - bad.keys(), key=natural_order):
@@ -209,6 +212,15 @@ def _is_named(subject: str, name: str, in_bids: bool) -> bool:
     if not in_bids:
         return subject == name
     return f"{subject}_".startswith(f"sub-{name.removeprefix('sub-')}_")
+
+
+def _named(subjects: Iterable[str], name: str, in_bids: bool) -> list[str]:
+    """Those of some ids that a name means."""
+    return [subject for subject in subjects if _is_named(subject, name, in_bids)]
+
+
+def _is_bids(dataset_dir: str) -> bool:
+    return any(bids.find_bids_subjects(dataset_dir))
 
 
 def _pick(subjects: list[Subject], ids: Ids, dataset_dir: str, setting: str) -> list[Subject]:
@@ -276,9 +288,12 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None, stop_at_bad_subj
         logger.warning("%s: left out, for it %s", subject, reason)
     if subjects is None:
         return [subject for subject in found if "label" not in subject]
-    names = [name for name in _ids(subjects) if name not in bad]
+    good = [subject["subject"] for subject in found]
+    in_bids = _is_bids(dataset_dir)
+    # what names bad ones alone is told at the end
+    names = [name for name in _ids(subjects) if _named(good, name, in_bids) or not _named(bad, name, in_bids)]
     for name in names:
-        if any(_is_named(subject["subject"], name, "anat" in subject) for subject in found):
+        if _named(good, name, in_bids):
             continue
         for subject, reason in left_out.items():
             if _is_named(subject, name, in_bids=True):
@@ -294,9 +309,12 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None, stop_at_bad_subj
 
 
 def bad_subjects(dataset_dir: str, subjects: Ids | None) -> list[str]:
-    """Why subjects, all of a folder or those with these ids, lack a file or have one too many; for BIDS see below."""
+    """Why subjects, all of a folder or those with these ids, lack a file or have one too many."""
     _, bad = _good_and_bad_subjects(dataset_dir)
-    return [str(error) for subject, error in bad.items() if subjects is None or subject in _ids(subjects)]
+    if subjects is None:
+        return [str(error) for error in bad.values()]
+    meant = {subject for name in _ids(subjects) for subject in _named(bad, name, _is_bids(dataset_dir))}
+    return [str(error) for subject, error in bad.items() if subject in meant]
 
 
 def left_out_subjects(dataset_dir: str, subjects: Ids | None) -> dict[str, str]:
@@ -305,7 +323,8 @@ def left_out_subjects(dataset_dir: str, subjects: Ids | None) -> dict[str, str]:
     return {
         subject: reason
         for subject, reason in left_out.items()
-        if subjects is None or any(_is_named(subject, name, in_bids=True) for name in _ids(subjects))
+        if not isinstance(reason, InputError)
+        and (subjects is None or any(_is_named(subject, name, in_bids=True) for name in _ids(subjects)))
     }
 
 

@@ -1,4 +1,6 @@
 import os
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import nibabel as nib
@@ -6,9 +8,10 @@ import numpy as np
 import pytest
 from conftest import touch
 
-from scripts.bids import derivative_path, find_bids_subjects, needed_files
+from scripts.bids import LARGEST_JSON, derivative_path, find_bids_subjects, needed_files
 from scripts.errors import InputError
 from scripts.subjects import (
+    bad_subjects,
     find_subjects,
     left_out_subjects,
     require_apart,
@@ -184,6 +187,30 @@ def test_scan_that_is_said_not_to_be_skull_stripped(tmp_path, suffix):
     assert len(found(tmp_path)["sub-1"]) == 3
 
 
+def not_skull_stripped(path: Path, start: str = "", end: str = "") -> None:
+    path.write_text(f'{start}{{"SkullStripped": false}}{end}')
+
+
+@pytest.mark.parametrize(
+    ("make", "is_read"),
+    [
+        (lambda path: not_skull_stripped(path, "\ufeff"), True),
+        (lambda path: not_skull_stripped(path, end=" " * LARGEST_JSON), False),
+        (lambda path: path.write_text("[" * 100_000), False),
+        (Path.mkdir, False),
+        (os.mkfifo, False),
+        (lambda path: path.symlink_to(path), False),
+        (lambda path: path.symlink_to("/dev/zero"), False),
+    ],
+    ids=["byte-order-mark", "huge", "nested", "folder", "pipe", "link-to-itself", "endless"],
+)
+def test_odd_json_files_beside_a_scan(tmp_path, make: Callable[[Path], None], is_read):
+    touch(tmp_path, *pair("sub-1"))
+    make(tmp_path / scan("sub-1_T1w.json"))
+    assert list(left_out_subjects(str(tmp_path), None)) == (["sub-1"] if is_read else [])
+    assert list(found(tmp_path)) == ([] if is_read else ["sub-1"])
+
+
 def test_files_where_they_can_not_belong(tmp_path):
     touch(tmp_path / "a", "sub-1/anat/sub-2_T1w.nii.gz")
     touch(tmp_path / "b", "sub-1/ses-a/anat/sub-1_T1w.nii.gz")
@@ -193,10 +220,47 @@ def test_files_where_they_can_not_belong(tmp_path):
         ("a", "sub-2_T1w.nii.gz: its name says sub-2, its folder sub-1"),
         ("b", "its name says sub-1, its folder sub-1_ses-a"),
         ("c", r"sub-1_T2w.nii.gz: .*sub-1_T2w.nii is there as well"),
-        ("d", "subject-1-T1.nii: lies in a BIDS dataset, but isn't named so"),
     ):
+        touch(tmp_path / folder, *pair("sub-2_ses-a"), *pair("sub-3"))
+        subjects, left_out = find_bids_subjects(str(tmp_path / folder))
+        assert list(names(subjects)) == ["sub-2_ses-a", "sub-3"]  # which need no mending
+        (reason,) = left_out.values()
+        assert isinstance(reason, InputError)
+        assert re.search(message, str(reason))
         with pytest.raises(InputError, match=message):
             find_subjects(str(tmp_path / folder))
+    with pytest.raises(InputError, match=r"subject-1-T1.nii: lies in a BIDS dataset, but isn't named so"):
+        find_subjects(str(tmp_path / "d"))
+
+
+def test_bad_session_among_good_ones(tmp_path, caplog):
+    touch(
+        tmp_path, *pair("sub-1_ses-a"), *pair("sub-1_ses-b"), *pair("sub-2"), scan("sub-3_T1w.nii.gz"), *pair("sub-4")
+    )
+    touch(tmp_path, "sub-1/ses-b/anat/sub-1_ses-a_T1w.nii.gz", scan("sub-2_T1w.nii"))
+
+    def chosen(subjects) -> list[str]:
+        return list(names(subjects_to_segment(str(tmp_path), subjects, stop_at_bad_subject=False)))
+
+    misplaced, twice = bad_subjects(str(tmp_path), None)
+    assert "its name says sub-1_ses-a, its folder sub-1_ses-b" in misplaced
+    assert "is there as well" in twice
+    assert chosen(None) == ["sub-1_ses-a", "sub-4"]
+    assert list(left_out_subjects(str(tmp_path), None)) == ["sub-3"]
+    assert (chosen("1"), chosen(["1", "sub-2"]), chosen(["2", 4])) == (["sub-1_ses-a"], ["sub-1_ses-a"], ["sub-4"])
+    assert bad_subjects(str(tmp_path), ["1", "sub-4"]) == [misplaced]
+    assert "sub-2" not in caplog.text
+    with pytest.raises(InputError, match="its name says sub-1_ses-a"):
+        subjects_to_segment(str(tmp_path), None)
+
+
+def test_folder_that_can_not_be_read(tmp_path, as_nobody):
+    touch(tmp_path, *pair("sub-1"), *pair("sub-2"))
+    (tmp_path / "sub-1" / "anat").chmod(0)
+    with as_nobody(tmp_path):
+        subjects, left_out = find_bids_subjects(str(tmp_path))
+    assert list(names(subjects)) == ["sub-2"]
+    assert re.search(r"sub-1/anat: can't be read \(Permission denied\); allow it", str(left_out["sub-1"]))
 
 
 def test_training_and_scoring_take_the_other_layout(tmp_path):
@@ -257,9 +321,9 @@ def test_a_mask_is_applied_to_both_scans(tmp_path):
 
 
 def test_a_head_with_its_skull_is_refused(tmp_path):
-    head = np.arange(1, 15001, dtype=np.float32).reshape(20, 25, 30)
+    head = np.arange(15000, dtype=np.float32).reshape(20, 25, 30)
     for name, voxel in (("big", 5.2), ("small", 5.0)):  # 2.1 and 1.9 litres
-        for kind, values in (("T1", head), ("T2", -head)):
+        for kind, values in (("T1", head), ("T2", head[::-1])):
             image = nib.Nifti1Image(values, np.diag([voxel, voxel, voxel, 1]))
             nib.save(image, tmp_path / f"{name}-{kind}.nii")
     LoadSubjectd()({"image": [str(tmp_path / f"small-{kind}.nii") for kind in ("T1", "T2")]})

@@ -12,13 +12,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, bundle, last_line, s3_server, server_environment
+from conftest import ROOT, bundle, configured, last_line, s3_server, server_environment
 from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from scripts.bids_derivative import DESCRIPTIONS, LABELS, BidsDerivative, source_link, volume_table
-from scripts.errors import InputError
+from scripts.errors import InputError, input_error_in
 from scripts.metrics import VolumeTable
 from scripts.subjects import left_out_subjects, subjects_to_segment
 from scripts.transforms import LoadSubjectd, Tissue
@@ -98,7 +98,7 @@ def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".n
 
 @pytest.fixture
 def tiny() -> dict[str, np.ndarray]:
-    values = np.arange(1, 337, dtype=np.int16).reshape(6, 7, 8)
+    values = np.arange(336, dtype=np.int16).reshape(6, 7, 8)
     return {"T1": values, "T2": values[::-1]}
 
 
@@ -191,6 +191,12 @@ def test_again_and_for_more_subjects(data, tmp_path):
         ('{"Name": "raw"}', "is that of another dataset"),
         ("no JSON", "is that of another dataset"),
         ("[]", "is that of another dataset"),
+        ("[" * 100_000, "is that of another dataset"),
+        (json.dumps({"GeneratedBy": [{"Name": NAME}], "DatasetLinks": {"source": {}}}), "is that of another dataset"),
+        (
+            json.dumps({"GeneratedBy": [{"Name": NAME}], "DatasetLinks": {"source": "x" * 10_000}}),
+            "says that the scans lie in x{200}, not in",
+        ),
         (
             json.dumps({"GeneratedBy": [{"Name": NAME}], "DatasetLinks": {"source": "file:///elsewhere"}}),
             "says that the scans lie in file:///elsewhere, not in file:///.*/data; .* correct source in its",
@@ -204,6 +210,28 @@ def test_another_dataset_is_left_as_it_is(data, tmp_path, text, message):
     with pytest.raises(InputError, match=f"dataset_description.json: {message}"):
         segment(data, output)
     assert {path.name: path.read_text() for path in output.iterdir()} == {"dataset_description.json": text}
+
+
+def test_folder_in_the_place_of_a_description(data, tmp_path):
+    (tmp_path / "output" / "dataset_description.json").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"dataset_description.json: is that of another dataset; choose another"):
+        segment(data, tmp_path / "output")
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"DatasetDOI": {"$ref": 1}}', f'{{"DatasetDOI": "{"x" * 10_000}"}}', None]
+)
+def test_odd_description_of_the_scans_is_passed_over(data, tmp_path, text):
+    path = data / "dataset_description.json"
+    path.unlink()
+    if text is None:
+        path.mkdir()
+    else:
+        path.write_text(text)
+    segment(data, tmp_path / "output", "01")
+    description = json.loads((tmp_path / "output" / path.name).read_text())
+    assert description["SourceDatasets"] == [{"URL": data.as_uri()}]
+    assert errors(tmp_path / "output") == set()
 
 
 def test_suffixes(data, tmp_path):
@@ -279,6 +307,31 @@ def test_the_config(tmp_path, monkeypatch, capsys, caplog):
     assert "T1: sub-01_ses-a_desc-preproc_T1w.nii.gz" in report
     assert "mask: sub-01_ses-a_desc-brain_mask.nii.gz" in report
     assert errors(output) == set()
+
+
+def test_good_bad_and_incomplete_subjects(pieces, tmp_path, capsys):
+    """A file of another subject and a damaged scan make the command fail in the end; a T2w that isn't there doesn't."""
+    data, output = tmp_path / "data", tmp_path / "output"
+    for subject in "1234":
+        save_bids(data, f"sub-{subject}", pieces[0])
+    (data / "sub-1/anat/sub-2_T1w.nii.gz").touch()
+    (data / "sub-2/anat/sub-2_T1w.nii.gz").write_bytes(b"damaged")
+    (data / "sub-3/anat/sub-3_T2w.nii.gz").unlink()
+    with pytest.raises(RuntimeError) as caught:
+        configured(data, output, "inference.json").run()
+    assert str(input_error_in(caught.value)) == "2 subjects are not segmented, see above; mend or remove them"
+    told = capsys.readouterr().out
+    for reason in (
+        f"{data}/sub-1/anat/sub-2_T1w.nii.gz: its name",
+        f"{data}/sub-2/anat/sub-2_T1w.nii.gz: can't",
+        "sub-3 has",
+    ):
+        assert told.count(f"not segmented: {reason}") == 1
+    assert [path.name for path in output.glob("**/*_dseg.nii.gz")] == ["sub-4_desc-skipdenseseg_dseg.nii.gz"]
+    with pytest.raises(RuntimeError) as caught:
+        configured(data, tmp_path / "stopped", "inference.json", stop_at_bad_subject=True).run()
+    assert "its name says sub-2, its folder sub-1" in str(input_error_in(caught.value))
+    assert not (tmp_path / "stopped").exists()
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Folders by URL: on fsspec's own file systems, and on an S3 server on this machine, whole, failing and refusing."""
 
+import io
 import os
 import re
 import shutil
@@ -50,7 +51,7 @@ def memory(monkeypatch) -> fsspec.AbstractFileSystem:
     monkeypatch.setattr(type(fs), "pseudo_dirs", [""])
     fs.fetched, fs.sent = [], []
     get_file, put_file = fs.get_file, fs.put_file
-    monkeypatch.setattr(fs, "get_file", lambda *a: (fs.fetched.append(a[0]), get_file(*a)), raising=False)
+    monkeypatch.setattr(fs, "get_file", lambda *a, **k: (fs.fetched.append(a[0]), get_file(*a, **k)), raising=False)
     monkeypatch.setattr(fs, "put_file", lambda *a: (fs.sent.append(a[1]), put_file(*a)), raising=False)
     return fs
 
@@ -110,11 +111,11 @@ def test_interrupted_copy_goes_on_where_it_stopped(memory, tmp_path, monkeypatch
         memory.pipe(f"/data/{name}", name.encode() * 100)
     get_file = memory.get_file
 
-    def killed(source, target):
+    def killed(source, target, **options):
         if source.endswith("b"):
             Path(target).write_bytes(b"b" * 50)
             raise KeyboardInterrupt
-        get_file(source, target)
+        get_file(source, target, **options)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(memory, "get_file", killed)
@@ -128,11 +129,82 @@ def test_interrupted_copy_goes_on_where_it_stopped(memory, tmp_path, monkeypatch
 
 def test_file_that_comes_short_is_never_taken(memory, tmp_path, monkeypatch, impatient):
     memory.pipe("/data/a", b"a" * 100)
-    monkeypatch.setattr(memory, "get_file", lambda source, target: Path(target).write_bytes(b"a" * 99))
+    monkeypatch.setattr(memory, "get_file", lambda source, target, **_: Path(target).write_bytes(b"a" * 99))
     with pytest.raises(StorageError, match=r"memory://data: .*a was damaged on the way"):
         local_dataset("memory://data", str(tmp_path))
     (local,) = tmp_path.iterdir()
     assert files(local) == {}
+
+
+def test_more_than_there_is_room_for_is_not_begun(memory, tmp_path, monkeypatch):
+    listed = {f"/data/{name}": {"size": 10**18, "type": "file"} for name in "ab"}
+    monkeypatch.setattr(memory, "find", lambda path, detail: listed)
+    with pytest.raises(
+        StorageError, match=r"^memory://data: 2,000,000,000,000.0 MB are to be copied, and .*; make roo"
+    ):
+        local_dataset("memory://data", str(tmp_path))
+    assert memory.fetched == []
+
+
+class Endless(io.RawIOBase):
+    """A file of which more comes than was said."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def read(self, number: int) -> bytes:
+        self.given += number
+        return bytes(number) if self.given < 100 * number else b""
+
+
+def test_file_that_does_not_end_is_cut_off(memory, tmp_path, monkeypatch):
+    memory.pipe("/data/a", b"a" * 100)
+    file = Endless()
+    monkeypatch.setattr(memory, "open", lambda *a, **k: file, raising=False)
+    with pytest.raises(StorageError, match=r"^memory://data: a has more than the 100 bytes that the server said; "):
+        local_dataset("memory://data", str(tmp_path))
+    assert file.given == memory.blocksize
+    (local,) = tmp_path.iterdir()
+    assert {path.name for path in local.iterdir()} <= {storage.LOCK}
+
+
+def test_links_in_the_cache_are_not_written_through(memory, tmp_path):
+    memory.pipe("/data/a", b"a")
+    (tmp_path / "others").write_bytes(b"mine")
+    local = Path(local_dataset("memory://data", str(tmp_path / "cache")))
+    for name in ("a", ".unfinished-a"):
+        (local / name).unlink(missing_ok=True)
+        (local / name).symlink_to(tmp_path / "others")
+    local_dataset("memory://data", str(tmp_path / "cache"))
+    assert (tmp_path / "others").read_bytes() == b"mine"
+    assert files(local) == {"a": b"a"}
+    assert not (local / "a").is_symlink()
+
+
+def test_links_in_a_folder_of_results_are_not_written_through(tmp_path):
+    (tmp_path / "others").write_bytes(b"mine")
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / ".unfinished-last.pt").symlink_to(tmp_path / "others")
+    folder = StoredFolder(f"file://{tmp_path}/results", str(tmp_path / "cache"), "results")
+    (folder.local / "last.pt").write_bytes(b"1")
+    folder.copy_out()
+    assert (tmp_path / "others").read_bytes() == b"mine"
+    assert not (tmp_path / "results" / "last.pt").is_symlink()
+
+
+def test_copies_are_for_nobody_else_to_read(memory, tmp_path):
+    memory.pipe("/data/a", b"a")
+    for local in (local_dataset("memory://data", str(tmp_path)), local_results("memory://data", str(tmp_path), ["a"])):
+        assert Path(local).stat().st_mode & 0o777 == 0o700
+
+
+def test_what_a_killed_copy_left_is_removed(memory, tmp_path):
+    memory.pipe("/data/a", b"a")
+    local = Path(local_dataset("memory://data", str(tmp_path)))
+    (local / ".unfinished-copy-x").mkdir()
+    (local / ".unfinished-copy-x" / "file").write_bytes(b"half")
+    local_dataset("memory://data", str(tmp_path))
+    assert {path.name for path in local.iterdir()} == {"a", storage.RECORD, storage.LOCK}
 
 
 @pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside", "a//b", "..", "..\\outside", "./a"])
@@ -173,7 +245,7 @@ def test_results_go_out_when_new_or_changed_and_never_hidden_ones(memory, tmp_pa
         (folder.local / name).write_bytes(b"1")
     folder.copy_out()
     assert memory.find("/results") == ["/results/last.pt"]
-    assert memory.sent == ["/results/.unfinished-last.pt"]  # moved when it was whole
+    assert re.fullmatch(r"/results/\.unfinished-[0-9a-f]{16}-last\.pt", memory.sent[0])  # moved when it was whole
     folder.copy_out()
     (folder.local / "last.pt").touch()
     folder.copy_out()
@@ -351,10 +423,10 @@ def test_waits_grow_until_the_server_is_back(memory, tmp_path, monkeypatch):
     get_file, waits, failures = memory.get_file, [], [ConnectionResetError("reset"), TimeoutError(), OSError(5, "io")]
     monkeypatch.setattr(time, "sleep", waits.append)
 
-    def flaky(source, target):
+    def flaky(source, target, **options):
         if failures:
             raise failures.pop()
-        get_file(source, target)
+        get_file(source, target, **options)
 
     monkeypatch.setattr(memory, "get_file", flaky)
     assert files(local_dataset("memory://data", str(tmp_path))) == {"a": b"a"}
@@ -513,8 +585,8 @@ def test_s3_etag_is_checked(s3, tmp_path, monkeypatch, impatient):
     s3.pipe("brains/data/a", b"a" * 10)
     get_file = s3.get_file
 
-    def damaging(source, target):
-        get_file(source, target)
+    def damaging(source, target, **options):
+        get_file(source, target, **options)
         Path(target).write_bytes(b"b" * 10)
 
     monkeypatch.setattr(s3, "get_file", damaging)
@@ -527,6 +599,20 @@ def test_s3_etag_is_checked(s3, tmp_path, monkeypatch, impatient):
     assert files(local_dataset("s3://brains/data", str(tmp_path))) == {"a": b"b" * 10}
 
 
+def test_s3_file_that_grew_since_it_was_listed(s3, tmp_path, monkeypatch):
+    s3.pipe("brains/data/a", b"a" * 10)
+    find = s3.find
+
+    def find_then_grow(*a, **k):
+        listed = find(*a, **k)
+        s3.pipe("brains/data/a", b"a" * 11)
+        return listed
+
+    monkeypatch.setattr(s3, "find", find_then_grow)
+    with pytest.raises(StorageError, match=r"s3://brains/data: a has more than the 10 bytes .*, run again"):
+        local_dataset("s3://brains/data", str(tmp_path))
+
+
 def test_s3_upload_in_parts_has_no_md5_and_is_copied_once(s3, tmp_path, monkeypatch):
     content = os.urandom(11 * 2**20)
     (tmp_path / "large").write_bytes(content)
@@ -535,7 +621,7 @@ def test_s3_upload_in_parts_has_no_md5_and_is_copied_once(s3, tmp_path, monkeypa
     local = local_dataset("s3://brains/data", str(tmp_path / "cache"))
     assert files(local) == {"large": content}
 
-    def unexpected(source, target):
+    def unexpected(source, target, **_):
         raise AssertionError
 
     monkeypatch.setattr(s3, "get_file", unexpected)

@@ -1,8 +1,11 @@
+import re
+
 import pytest
 from conftest import touch
 
 from scripts.errors import InputError
 from scripts.subjects import (
+    bad_subjects,
     find_subjects,
     require_apart,
     require_subjects,
@@ -120,8 +123,13 @@ def test_folders_behind_links_are_entered_once(tmp_path):
 def test_folder_that_can_not_be_read(tmp_path, as_nobody):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii", "more/subject-2-T1.nii")
     (tmp_path / "more").chmod(0)
-    with as_nobody(tmp_path), pytest.raises(InputError, match=f"{tmp_path}/more: can't be read .*; allow it"):
-        find_subjects(str(tmp_path))
+    told = f"{tmp_path}/more: can't be read (Permission denied); allow it, or take the folder away"
+    with as_nobody(tmp_path):
+        with pytest.raises(InputError, match=re.escape(told)):
+            find_subjects(str(tmp_path))
+        assert ids(subjects_to_segment(str(tmp_path), None, stop_at_bad_subject=False)) == ["1"]
+        assert bad_subjects(str(tmp_path), None) == [told]
+        assert bad_subjects(str(tmp_path), [1]) == []
 
 
 def test_ids_that_are_not_there(tmp_path):
