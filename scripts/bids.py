@@ -79,13 +79,17 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
         dataset_dir: the folder of the dataset. It needn't exist.
 
     Returns:
-        The subjects, and by id the reason why others that have a T1w or a T2w aren't among them. Of a whole session it
-            is an InputError, where its folder can't be read, or a file there is another subject's or session's, or
-            there both as `.nii` and as `.nii.gz`.
+        The subjects, and by id the reason why others that have a T1w or a T2w aren't among them. It is an InputError
+            where a folder or a JSON file can't be read, and, of a whole session, where a file is another subject's or
+            session's, or is there both as `.nii` and as `.nii.gz`.
     """
     root = Path(dataset_dir)
     subjects: list[BidsSubject] = []
     left_out: dict[str, str | InputError] = {}
+    for folder in (*root.glob("sub-*/"), *root.glob("sub-*/ses-*/")):
+        if not _can_be_read(folder):
+            session = "_".join(folder.relative_to(root).parts)
+            left_out[session] = InputError(f"{folder}: can't be read; allow it, or take the folder away")
     for anat in sorted([*root.glob("sub-*/anat/"), *root.glob("sub-*/ses-*/anat/")]):
         session = "_".join(anat.relative_to(root).parts[:-1])
         try:
@@ -99,7 +103,11 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
             left_out[session] = "has no T1w"
         for t1 in t1s:
             t2, mask = _partner(t1, t1s, t2s), masks.get(t1.key)
-            stripped = mask or not any(_says_not_skull_stripped(scan.path) for scan in (t1, t2) if scan)
+            try:
+                stripped = mask or not any(_says_not_skull_stripped(scan.path) for scan in (t1, t2) if scan)
+            except InputError as error:
+                left_out[t1.subject] = error
+                continue
             if t2 is None:
                 names = ", ".join(scan.path.name for scan in (*t1s, *t2s))
                 left_out[t1.subject] = (
@@ -125,6 +133,15 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
                     subject["mask"] = str(mask.path)
                 subjects.append(subject)
     return subjects, left_out
+
+
+def _can_be_read(folder: Path) -> bool:
+    try:
+        for path in folder.iterdir():
+            path.lstat()
+    except OSError:
+        return False
+    return True
 
 
 def _scans(anat: Path, session: str) -> Iterator[_Scan]:
@@ -173,13 +190,19 @@ def _says_not_skull_stripped(path: Path) -> bool:
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of a dataset holds; None where it isn't there, can't be read or is far too large."""
+    """What a JSON file of a dataset holds; None where it isn't there, isn't JSON or is far too large.
+
+    Raises:
+        InputError: it is there and may not be read.
+    """
     try:
         if not path.is_file() or path.stat().st_size > LARGEST_JSON:  # reading a pipe would never end
             return None
         return json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):  # it may be nested too deep
+    except (ValueError, RecursionError):  # it may be nested too deep
         return None
+    except OSError as error:
+        raise InputError(f"{path}: can't be read ({error.strerror}); allow it, or take the file away") from error
 
 
 def needed_files(names: Collection[str]) -> set[str]:

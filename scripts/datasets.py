@@ -1,10 +1,9 @@
 """Datasets that are prepared once, and batches that are made ahead."""
 
 import atexit
+import contextlib
 import itertools
 import logging
-import os
-import platform
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -14,8 +13,8 @@ from typing import Any, Self
 
 import ignite.distributed as idist
 import numpy as np
-import psutil
 import torch
+from filelock import FileLock, Timeout
 from ignite.engine import Engine, Events
 from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTrait
@@ -24,6 +23,11 @@ from torch.utils.data import DistributedSampler, RandomSampler
 from scripts.distributed import gathered
 from scripts.errors import InputError, input_error_in
 from scripts.inferers import available_memory
+from scripts.writers import UNFINISHED
+
+LOCK = ".lock"
+
+_locks: list[FileLock] = []  # of the caches of this process
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +86,8 @@ def cached_dataset(
         data: the subjects.
         transform: what prepares them; from its first random transform on it is applied anew each time, and these
             transforms must leave what they are given unchanged, as MONAI's do: in memory they get it uncopied.
-        cache_dir: folder for the cache on disk, which is made for this process and removed when it ends; what processes
-            of this machine left that were killed goes first.
+        cache_dir: folder for the cache on disk, which is made for this process and removed when it ends; those of
+            killed processes are removed first.
         num_workers: threads that prepare.
         in_memory: whether to keep them in memory; None decides by the first subject's size.
         fallback: the subjects that are taken where `data` has none: those of training, where none is left to validate.
@@ -106,16 +110,21 @@ def cached_dataset(
 
 
 def _cache_folder(parent: str) -> str:
-    """A folder of this process's own, and none of processes of this machine that are gone."""
+    """A folder of this process's own; those of processes that were killed are removed.
+
+    Each is locked while its process lives, and has its name once it is. Where there are no locks none is removed.
+    """
     Path(parent).mkdir(parents=True, exist_ok=True)
-    of_this_machine = f".cache-{platform.node()}-"
-    for folder in Path(parent).iterdir():
-        process = folder.name.removeprefix(of_this_machine).split("-")[0]
-        if folder.name.startswith(of_this_machine) and process.isdigit() and not psutil.pid_exists(int(process)):
-            shutil.rmtree(folder, ignore_errors=True)
-    folder = tempfile.mkdtemp(prefix=f"{of_this_machine}{os.getpid()}-", dir=parent)
+    for left in Path(parent).glob(".cache-*"):
+        with contextlib.suppress(Timeout, OSError), FileLock(left / LOCK, timeout=0, fallback_to_soft=False):
+            shutil.rmtree(left, ignore_errors=True)
+    made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
+    with contextlib.suppress(OSError):
+        _locks.append(lock := FileLock(made / LOCK, fallback_to_soft=False))
+        lock.acquire()
+    folder = made.rename(made.with_name(made.name.replace(UNFINISHED, ".cache-")))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    return str(folder)
 
 
 def _compute_on_one_core() -> None:

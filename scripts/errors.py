@@ -1,6 +1,7 @@
 """What a person sees when something is wrong with what they gave."""
 
 import errno
+import re
 import sys
 from types import TracebackType
 
@@ -9,7 +10,7 @@ from tqdm import tqdm
 
 UNWRITABLE = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS),
-    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG),
+    *(errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG),
 }
 
 
@@ -50,10 +51,12 @@ def ran_out_of_memory(error: BaseException) -> bool:
     # PyTorch has a kind of error for a GPU's memory, and none for that of a processor
     told = (
         *("out of memory", "can't allocate memory", "bad_alloc"),
-        "could not create a primitive",  # oneDNN, which computes the convolutions
         "can't start new thread",  # whose stack needs memory
     )
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and any(t in str(error) for t in told))
+    if isinstance(error, RuntimeError):
+        # as oneDNN says it, which computes the convolutions; a descriptor is missing for other reasons
+        return any(t in str(error) for t in told) or bool(re.search("create a primitive(?! desc)", str(error)))
+    return isinstance(error, MemoryError)
 
 
 def one_line_of(error: BaseException) -> str | None:
@@ -67,6 +70,8 @@ def one_line_of(error: BaseException) -> str | None:
         return "stopped from the keyboard; what was finished is kept, and a training goes on by --resume True"
     if ran_out_of_memory(error):
         remedy = "lower --batch_size or --patch_size to train, --window_size to score or segment, or free some"
+        if "thread" in reason:
+            remedy += ", or allow this user more processes (ulimit -u)"
         return f"error: memory ran out ({reason}); {remedy}"
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"error: {reason}; make room or allow it, or choose another folder"

@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
@@ -29,8 +30,6 @@ UNCERTAINTIES = ("network", "flips", "dropout")
 # Memory of a forward pass for each voxel of a window, in bytes: the most measured over volumes of 128^3 and more, on a
 # processor without AVX-512, where convolutions need the most beside their results. Half precision halves it.
 BYTES_PER_VOXEL = 1500
-# sides of windows are multiples of it: both variants of the network take these
-STEP = 16
 
 logger = logging.getLogger(__name__)
 
@@ -162,7 +161,7 @@ def available_memory(device: torch.device) -> int:
     return max(0, min(limits))
 
 
-def fitting_window(size: Sequence[int], voxels: float, step: int = STEP) -> list[int]:
+def fitting_window(size: Sequence[int], voxels: float, step: int = 16) -> list[int]:
     """The largest window of about that many voxels over a volume: the longest side is shortened again and again.
 
     Args:
@@ -177,14 +176,6 @@ def fitting_window(size: Sequence[int], voxels: float, step: int = STEP) -> list
     return window
 
 
-def _are_sides(sides: Any) -> bool:
-    return (
-        isinstance(sides, Sequence)
-        and len(sides) == 3
-        and all(isinstance(side, int) and side > 0 and side % STEP == 0 for side in sides)
-    )
-
-
 class LargestWindowInferer(SlidingWindowInferer):
     """Sliding windows as large as memory allows: one pass over the volume if it fits.
 
@@ -192,18 +183,24 @@ class LargestWindowInferer(SlidingWindowInferer):
     and not background. The choice is logged. Arguments as MONAI's `SlidingWindowInferer`, but for:
 
     Args:
-        roi_size: 'auto', or the sides of the largest window, multiples of STEP; one number stands for three.
+        roi_size: 'auto', or the sides of the largest window, multiples of the network's stride; one number
+            stands for three.
 
     Raises:
-        InputError: `roi_size` is something else; or when called, if memory runs out all the same.
+        InputError: `roi_size` is something else; or when called, if the network doesn't take windows of that size, or
+            memory runs out all the same.
     """
 
     def __init__(self, roi_size: Sequence[int] | int | str = "auto", **kwargs: Any) -> None:
-        self.automatic = roi_size == "auto"
-        sides = ensure_tuple_rep(roi_size, 3) if isinstance(roi_size, int) else roi_size
-        if not self.automatic and not _are_sides(sides):
-            raise InputError(f"--window_size {roi_size}: must be auto or three multiples of {STEP}, like [64,64,64]")
-        roi_size = sides
+        given = roi_size
+        self.automatic = isinstance(roi_size, str) and roi_size == "auto"
+        if not self.automatic:
+            try:
+                roi_size = tuple(operator.index(side) for side in ensure_tuple_rep(roi_size, 3))
+            except (TypeError, ValueError):
+                roi_size = ()
+            if len(roi_size) != 3 or min(roi_size) < 1 or isinstance(given, bool):
+                raise InputError(f"--window_size {given}: must be auto or three whole numbers, like [64,64,64]")
         super().__init__(roi_size=(0, 0, 0) if self.automatic else roi_size, **kwargs)
 
     def __call__(
@@ -225,6 +222,8 @@ class LargestWindowInferer(SlidingWindowInferer):
         try:
             return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)
         except Exception as error:
+            if isinstance(error, ValueError) and not self.automatic:  # by which a network refuses a size
+                raise InputError(f"--window_size {self.roi_size}: doesn't suit the network: {error}") from error
             if not ran_out_of_memory(error):
                 raise
             needed = math.prod(fitting.roi_size) * bytes_per_voxel

@@ -9,8 +9,8 @@ import hashlib
 import json
 import logging
 import os
+import platform
 import re
-import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -168,8 +168,9 @@ class StoredFolder:
         digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
         self.local = Path(cache_dir) / f"{purpose}-{readable}-{digest}"
         self.seen: dict[str, tuple[int, int]] = {}  # size and time of files known to be on the server
-        # names that can't be foretold, or a link of that name would lead what is written elsewhere
-        self.leaving = f"{UNFINISHED}{secrets.token_hex(8)}-"
+        # a name of this folder's own, which it writes over after it was killed, and others don't
+        own = hashlib.sha256(f"{platform.node()}:{self.local.resolve()}".encode()).hexdigest()[:16]
+        self.leaving = f"{UNFINISHED}{own}-"
         try:
             self.local.mkdir(mode=0o700, parents=True, exist_ok=True)  # scans are for nobody else to see
         except OSError as error:
@@ -201,17 +202,14 @@ class StoredFolder:
                 for name, info in wanted.items()
                 if name not in unsent and not self._is_copied(name, info, record)
             }
-            for name in sorted({*outdated, *here} - unsent - (set(wanted) - set(outdated))):
+            replaced = {*outdated, *here} - unsent - (set(wanted) - set(outdated))
+            total = sum(info["size"] for info in outdated.values())
+            self._require_room(total, [self.local / name for name in replaced])
+            for name in sorted(replaced):
                 if names is not None:
                     self._keep_unsent(name, record)
                 (self.local / name).unlink(missing_ok=True)
                 record.pop(name, None)
-            total = sum(info["size"] for info in outdated.values())
-            if total > (free := shutil.disk_usage(self.local).free):
-                raise StorageError(
-                    f"{self.url}: {total / 1e6:,.1f} MB are to be copied, and {self.local} has room for "
-                    f"{free / 1e6:,.1f} MB; make room or choose another --cache_dir"
-                )
             with (
                 tqdm(
                     total=total, desc=f"copying {self.url}", unit="B", unit_scale=True, disable=not outdated
@@ -337,6 +335,19 @@ class StoredFolder:
             kept = path.replace(path.with_name(f"{KEPT}{digest[:8]}-{path.name}"))
             logger.warning("%s: was never copied to %s, which has another; kept as %s", path, self.url, kept.name)
 
+    def _require_room(self, total: int, replaced: Collection[Path]) -> None:
+        """Refuse, by StorageError, to copy in so many bytes where the disk has no room for them."""
+        try:
+            disk = shutil.disk_usage(self.local)
+        except OSError:
+            return
+        free = disk.free + sum(path.stat().st_size for path in replaced if path.is_file())
+        if disk.free and total > free:  # some file systems don't say, by 0, what is free
+            raise StorageError(
+                f"{self.url}: {total / 1e6:,.1f} MB are to be copied, and {self.local} has room for {free / 1e6:,.1f} "
+                f"MB; make room or choose another --cache_dir"
+            )
+
     def _fetch(self, name: str, info: dict[str, Any], arriving: Path) -> str:
         """Copy a file in, which has its name only when it is whole, and return its MD5.
 
@@ -353,6 +364,7 @@ class StoredFolder:
 
         path = self.local / name
         self.fs.get_file(f"{self.root}/{name}", str(arriving), callback=Callback(hooks={"size": require_not_more}))
+        require_not_more(None, arriving.stat().st_size)  # not all protocols tell meanwhile
         digest = _md5(arriving)
         self._require_same(name, info, arriving.stat().st_size, digest)
         path.parent.mkdir(parents=True, exist_ok=True)

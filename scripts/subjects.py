@@ -50,7 +50,8 @@ def natural_order(subject: str) -> list[tuple[bool, int, str]]:
 
 
 def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
+    """Whether a file or folder is none of a person's: by a dot, or as systems name their own."""
+    return name.startswith(".") or name in ("__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN")
 
 
 def _volume_file(path: Path) -> Path:
@@ -98,15 +99,18 @@ def _below(root: Path, but: Collection[Path], bad: dict[str, InputError]) -> Ite
         remedy = "allow it, or take the folder away"
         bad[error.filename] = InputError(f"{error.filename}: can't be read ({error.strerror}); {remedy}")
 
-    entered: set[str] = set()
+    real_root = root.resolve()
+    # neither again, nor by a link that leads up
+    entered, but = {real_root, *real_root.parents}, {path.resolve() for path in but}
     # a folder that isn't there holds nothing
     for folder, folders, files in os.walk(root, onerror=note, followlinks=True) if root.is_dir() else ():
-        if (real := os.path.realpath(folder)) in entered:
-            folders.clear()
-            continue
-        entered.add(real)
-        folders[:] = sorted(name for name in folders if not _is_hidden(name) and Path(folder, name) not in but)
-        yield from (Path(folder, name) for name in (*folders, *files) if not _is_hidden(name))
+        shown = sorted(name for name in folders if not _is_hidden(name))
+        yield from (Path(folder, name) for name in (*shown, *files) if not _is_hidden(name))
+        folders.clear()
+        for name in shown:
+            if (real := Path(folder, name).resolve()) not in entered and real not in but:
+                entered.add(real)
+                folders.append(name)
 
 
 def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError]]:
@@ -191,7 +195,8 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
                 f"{next(iter(files.values()))}: subject {subject_id} has no {modality}; "
                 f"put subject-{subject_id}-{modality} beside it"
             )
-    if files["T1"].parent != files["T2"].parent:
+    # folders that are named by what they hold, T1/ and T2/, are one place
+    if len({str(files[modality].parent).lower().replace("t1", "t2") for modality in ("T1", "T2")}) > 1:
         raise InputError(
             f"{files['T2']}: lies elsewhere than {files['T1']}, and may be another child's; put T1 and T2 of a subject "
             f"into one folder, and give each subject an id of its own"
@@ -313,7 +318,8 @@ def bad_subjects(dataset_dir: str, subjects: Ids | None) -> list[str]:
     _, bad = _good_and_bad_subjects(dataset_dir)
     if subjects is None:
         return [str(error) for error in bad.values()]
-    meant = {subject for name in _ids(subjects) for subject in _named(bad, name, _is_bids(dataset_dir))}
+    in_bids = _is_bids(dataset_dir)
+    meant = {subject for name in _ids(subjects) for subject in _named(bad, name, in_bids)}
     return [str(error) for subject, error in bad.items() if subject in meant]
 
 

@@ -20,7 +20,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.openers import ImageOpener
 
 from scripts.errors import InputError, ran_out_of_memory
-from scripts.registration import has_values, not_registered
+from scripts.registration import LARGEST_NEGATIVE_SHARE, has_values, not_registered
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +55,10 @@ LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes that a byte of 
 SMALLEST_SHARE_OF_CUBOID = 0.8
 # mm between the corners of two grids that are the same but for rounding
 LARGEST_OFFSET = 0.1
-# share of T1 that may be below 0, as a voxel here and there is after resampling
-LARGEST_NEGATIVE_SHARE = 0.01
-# share of the brain that may be without T2, where a label would be a guess; the report warns of less
-LARGEST_SHARE_WITHOUT_T2 = 0.1
-# share of a label that may lie outside the brain, where it is left out; of more than a fifth of this a warning is given
+# share of the brain that may be without T2, where a label would be a guess: more than two masks of one brain differ by;
+# the report warns of less
+LARGEST_SHARE_WITHOUT_T2 = 0.25
+# share of a label that may lie outside the brain; of more than a fifth of this a warning is given
 LARGEST_SHARE_OUTSIDE = 0.25
 
 
@@ -210,14 +209,14 @@ def t2_beside(t1_path: str) -> str:
     return str(t2_path)
 
 
-def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, str]:
+def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, str, str]:
     """Read T1 and T2 of a subject.
 
     Args:
         image: paths of T1 and T2; or one path, of a 4-D file of the two, or of a T1 that has its T2 beside it.
 
     Returns:
-        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and the path of the file that T1 is from.
+        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and the paths of the files that T1 and T2 are from.
 
     Raises:
         InputError: as `read_volumes`, `t2_beside` and `require_same_grid`, or a single file has more than two volumes.
@@ -226,7 +225,7 @@ def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, 
         t1_path = image
         volumes, affine = read_volumes(image)
         if len(volumes) == 2:
-            return np.stack(volumes), affine, t1_path
+            return np.stack(volumes), affine, t1_path, t1_path
         if len(volumes) != 1:
             raise InputError(f"{image}: holds {len(volumes)} volumes, not two; give T1 and T2, in this order")
         t1, t2_path = volumes[0], t2_beside(image)
@@ -235,7 +234,7 @@ def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, 
         t1, affine = read_volume(t1_path)
     t2, t2_affine = read_volume(t2_path)
     require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
-    return np.stack([t1, t2]), affine, t1_path
+    return np.stack([t1, t2]), affine, t1_path, t2_path
 
 
 def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
@@ -279,11 +278,11 @@ def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
 def require_label_of_brain(label: np.ndarray, t1: np.ndarray, path: str) -> None:
     """Refuse a label (X, Y, Z) with much of its tissues outside the brain of T1, by InputError; warn of some."""
     outside = np.count_nonzero(label[t1 <= 0]) / max(1, np.count_nonzero(label))
-    told = f"{path}: {outside:.0%} of the label lies outside the brain of T1"
+    told = f"{path}: {outside:.0%} of the label lies outside the brain of T1; check that the two belong together"
     if outside > LARGEST_SHARE_OUTSIDE:
-        raise InputError(f"{told}; check that the two belong together")
+        raise InputError(told)
     if outside > LARGEST_SHARE_OUTSIDE / 5:
-        logger.warning("%s, where it is left out; check that the two belong together", told)
+        logger.warning(told)
 
 
 def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
@@ -326,10 +325,10 @@ def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, sizes: np.ndarray, path:
     missing = np.count_nonzero(~has_values(t1, t2)[t1 > 0]) / np.count_nonzero(t1 > 0)
     if missing > LARGEST_SHARE_WITHOUT_T2:
         raise InputError(
-            f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and take the same mask"
+            f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and give both one mask"
         )
     if warning := not_registered(t1, t2, sizes):
-        logger.warning("%s: isn't registered to T1, it seems: %s", path, warning)
+        logger.warning("%s: %s", path, warning)
 
 
 def _require_contrast(spreads: Iterable[float], t1_path: str) -> None:
@@ -433,12 +432,12 @@ class LoadSubjectd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         label = None
-        t1_path = data["image"] if isinstance(data["image"], str) else data["image"][0]
+        t1_path = t2_path = data["image"] if isinstance(data["image"], str) else data["image"][0]
         if t1_path.endswith(".h5"):
             image, label = read_hdf5(t1_path)
             affine = ISEG_AFFINE.copy()
         else:
-            image, affine, t1_path = read_t1_and_t2(data["image"])
+            image, affine, t1_path, t2_path = read_t1_and_t2(data["image"])
             if "mask" in data:
                 mask, mask_affine = read_volume(data["mask"])
                 require_same_grid(data["mask"], mask, mask_affine, t1_path, image[0], affine)
@@ -452,9 +451,7 @@ class LoadSubjectd(Transform):
         _require_contrast(np.ptp(image[:, image[0] > 0], axis=1), t1_path)
         if np.array_equal(*image):
             raise InputError(f"{t1_path}: T1 and T2 of this subject are the same scan; give the T2 itself")
-        t2_path = t1_path if isinstance(data["image"], str) else data["image"][1]
-        if not t1_path.endswith(".h5"):  # in which T2 may be below 0
-            require_t2_of_brain(*image, nib.affines.voxel_sizes(affine), t2_path)
+        require_t2_of_brain(*image, nib.affines.voxel_sizes(affine), t2_path)
         if label is not None:
             if not label.any():
                 raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or take it away")

@@ -31,10 +31,12 @@ def read_checkpoint(path: str) -> Any:
             with zipfile.ZipFile(path) as archive:
                 # torch packs nothing, and what is packed may take a thousand times its room
                 if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
-                    raise zipfile.BadZipFile("holds more than its size")
+                    raise InputError(f"{path}: is packed, as no checkpoint is; save it again by torch.save")
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         return torch.load(path, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except Exception as error:  # what torch raises for a damaged file depends on where the damage is
         if ran_out_of_memory(error):
             raise

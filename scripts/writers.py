@@ -1,6 +1,7 @@
 """Files that are whole or not there: label images, tables and whatever else a command leaves behind."""
 
 import csv
+import errno
 import logging
 import shutil
 import zipfile
@@ -64,7 +65,9 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
             for path in sorted(Path(temporary).iterdir(), reverse=True):  # an .img before the .hdr that speaks of it
                 path.replace(directory / path.name)
     except (OSError, RuntimeError) as error:
-        if getattr(error, "errno", None) in UNWRITABLE or "inline_container" in str(error):  # torch's own file writer
+        # there may be a folder where a file is to go, or the reverse
+        expected = {*UNWRITABLE, errno.EISDIR, errno.EEXIST}
+        if getattr(error, "errno", None) in expected or "inline_container" in str(error):  # torch's own file writer
             reason = " ".join(str(error).split())
             raise InputError(
                 f"{directory}: can't be written ({reason}); make room or allow it, or choose another folder"
@@ -73,11 +76,6 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
 
 
 _kind_of_run = ""  # of the run in this process, in the names of its temporary folders
-
-
-def _forget_kind_of_run() -> None:
-    global _kind_of_run
-    _kind_of_run = ""
 
 
 @contextmanager
@@ -98,8 +96,6 @@ def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
     """
     global _kind_of_run
     with ExitStack() as stack:
-        _kind_of_run = f"{kind}-"
-        stack.callback(_forget_kind_of_run)
         for folder in dict.fromkeys(Path(folder).resolve() for folder in folders) if idist.get_rank() == 0 else ():
             with whole_files(folder):
                 pass  # tells what can't be written before anything is computed
@@ -120,7 +116,11 @@ def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
                 for unfinished in folder.glob(f"{below}{UNFINISHED}{kind}-*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
         idist.barrier()  # before others write
-        yield
+        _kind_of_run = f"{kind}-"
+        try:
+            yield
+        finally:
+            _kind_of_run = ""
 
 
 def made_already(paths: Iterable[Path], description: str) -> bool:

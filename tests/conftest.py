@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import logging
 import os
 import shutil
 import signal
@@ -259,26 +260,39 @@ def brains() -> list[dict[str, np.ndarray]]:
 
 
 @pytest.fixture
-def as_nobody() -> Callable[..., AbstractContextManager[None]]:
-    """A block as a user who may only do in a folder what everybody may; the superuser may do everything."""
+def open_folder() -> Iterator[Path]:
+    """A folder where anybody may read."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
+
+
+@pytest.fixture
+def as_nobody() -> Callable[[], AbstractContextManager[None]]:
+    """A block as a user who may do what everybody may; the superuser may do everything."""
 
     @contextmanager
-    def become(folder: Path) -> Iterator[None]:
+    def become() -> Iterator[None]:
         if os.geteuid() != 0:
             yield
             return
-        modes = {path: path.stat().st_mode for path in (folder, *folder.parents)}
-        for path, mode in modes.items():
-            path.chmod(mode | 0o55)
         os.seteuid(65534)
         try:
             yield
         finally:
             os.seteuid(0)
-            for path, mode in modes.items():
-                path.chmod(mode)
 
     return become
+
+
+@pytest.fixture(autouse=True)
+def no_handler_left() -> Iterator[None]:
+    """Commands in this process add one that writes to where output went then."""
+    before = list(logging.getLogger().handlers)
+    yield
+    for handler in list(logging.getLogger().handlers):
+        if type(handler) is logging.StreamHandler and handler not in before:
+            logging.getLogger().removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

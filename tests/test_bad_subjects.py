@@ -88,10 +88,10 @@ def test_corpus_is_large_and_writes_all_it_has(tmp_path):
 
 
 @pytest.mark.parametrize("case", named([case for case in CASES if case.message]))
-def test_bad_subject_is_refused_in_one_clear_line(case, transforms, tmp_path, as_nobody):
-    folder = write(case, tmp_path / "data")
+def test_bad_subject_is_refused_in_one_clear_line(case, transforms, open_folder, as_nobody):
+    folder = write(case, open_folder / "data")
     before = sorted(folder.iterdir())
-    with as_nobody(folder) if case.subject == "unreadable" else nullcontext():
+    with as_nobody() if case.subject == "unreadable" else nullcontext():
         assert_refused_for_each_purpose(case, transforms, folder)
     assert sorted(folder.iterdir()) == before
 

@@ -254,13 +254,15 @@ def test_bad_session_among_good_ones(tmp_path, caplog):
         subjects_to_segment(str(tmp_path), None)
 
 
-def test_folder_that_can_not_be_read(tmp_path, as_nobody):
-    touch(tmp_path, *pair("sub-1"), *pair("sub-2"))
-    (tmp_path / "sub-1" / "anat").chmod(0)
-    with as_nobody(tmp_path):
-        subjects, left_out = find_bids_subjects(str(tmp_path))
+@pytest.mark.parametrize("closed", ["sub-1", "sub-1/ses-a", "sub-1/ses-a/anat", scan("sub-1_ses-a_T1w.json")])
+def test_folder_or_json_file_that_can_not_be_read(open_folder, as_nobody, closed):
+    touch(open_folder, *pair("sub-1_ses-a"), *pair("sub-2"), scan("sub-1_ses-a_T1w.json"))
+    (open_folder / closed).chmod(0)
+    with as_nobody():
+        subjects, left_out = find_bids_subjects(str(open_folder))
     assert list(names(subjects)) == ["sub-2"]
-    assert re.search(r"sub-1/anat: can't be read \(Permission denied\); allow it", str(left_out["sub-1"]))
+    (reason,) = left_out.values()
+    assert re.search(rf"^{open_folder}/{closed}: can't be read.*; allow it, or take the", str(reason))
 
 
 def test_training_and_scoring_take_the_other_layout(tmp_path):

@@ -443,6 +443,7 @@ def test_checkpoint_of_another_architecture(dataset, tmp_path, command):
     assert_refused(result, output, f"{tmp_path}/model.pt: a checkpoint of another network")
 
 
+@pytest.mark.slow
 def test_average_of_checkpoints_and_mirror_images(brains, tmp_path):
     """The labels are those of the mean that torch gives by itself, and not those of any one network."""
     middle = {kind: values[14:46, 20:52, 16:48] for kind, values in brains[0].items()}

@@ -1,8 +1,8 @@
-import platform
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -106,7 +106,7 @@ def test_cache_on_disk_ends_with_the_process(tmp_path):
     code = (
         "from monai.transforms import Compose, ToTensor; from scripts.datasets import cached_dataset; import pathlib;"
         f"d = cached_dataset([1.0, 2.0], Compose([ToTensor()]), '{tmp_path}', in_memory=False);"
-        f"print(d[0].item(), d[1].item(), len(list(pathlib.Path('{tmp_path}').glob('.cache-*/*'))))"
+        f"print(d[0].item(), d[1].item(), len(list(pathlib.Path('{tmp_path}').glob('.cache-*/*.pt'))))"
     )
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "1.0 2.0 2\n", result.stderr
@@ -114,20 +114,33 @@ def test_cache_on_disk_ends_with_the_process(tmp_path):
 
 
 def test_cache_of_a_killed_process_goes_with_the_next_and_others_stay(tmp_path):
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
-    other = subprocess.Popen(["sleep", "60"])
-    machine = platform.node()
-    gone = tmp_path / f".cache-{machine}-{ended.pid}-a"
-    kept = [f".cache-{machine}-{other.pid}-b", f".cache-elsewhere-{ended.pid}-c", f".cache-{machine}-mine", "scans"]
-    for folder in (gone, *(tmp_path / name for name in kept)):
-        folder.mkdir()
-    cached_dataset([1.0], Compose([ToTensor()]), str(tmp_path), in_memory=False)
-    other.kill()
-    other.wait()
-    assert {path.name for path in tmp_path.iterdir()} >= set(kept)
-    assert len(list(tmp_path.iterdir())) == len(kept) + 1
-    assert not gone.exists()
+    code = (
+        "from monai.transforms import Compose, ToTensor; from scripts.datasets import cached_dataset; import sys, time;"
+        f"d = cached_dataset([1.0], Compose([ToTensor()]), '{tmp_path}', in_memory=False);"
+        "print(d[0].item(), flush=True); time.sleep(60)"
+    )
+
+    def start() -> tuple[subprocess.Popen, Path]:
+        there = set(tmp_path.iterdir())
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "1.0\n"
+        (cache,) = set(tmp_path.iterdir()) - there
+        return process, cache
+
+    (killed, left), (living, kept) = start(), start()
+    try:
+        killed.kill()
+        killed.wait()
+        assert left.exists()
+        cached_dataset([1.0], Compose([ToTensor()]), str(tmp_path), in_memory=False)
+        assert not left.exists()
+        assert kept.exists()
+        assert len(list(tmp_path.iterdir())) == 2
+    finally:
+        for process in (killed, living):
+            process.kill()
+            process.communicate()
 
 
 def test_subjects_in_memory_are_cut_from_uncopied_and_unchanged():

@@ -153,7 +153,11 @@ def test_evaluation_scores_every_subject_once(five_subjects, tmp_path, processes
 
 @pytest.mark.parametrize(
     ("processes", "subjects"),
-    [pytest.param(2, IDS, marks=pytest.mark.slow), pytest.param(3, IDS, marks=pytest.mark.slow), (3, ["4", "2"])],
+    [
+        pytest.param(2, IDS, marks=pytest.mark.slow),
+        pytest.param(3, IDS, marks=pytest.mark.slow),
+        pytest.param(3, ["4", "2"], marks=pytest.mark.slow),
+    ],
 )
 def test_inference_segments_every_subject_once(five_subjects, tmp_path, processes, subjects):
     result = bundle_on(

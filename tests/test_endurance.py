@@ -49,7 +49,7 @@ def test_many_subjects(pieces, tmp_path, capsys):
     workflow.run()
     assert len(read_csv(output / "volumes.csv")) == SUBJECTS
     # the report has the pictures of 50 subjects, and figures of the others
-    assert_flat(found, megabytes=100, capsys=capsys)
+    assert_flat(found, megabytes=50, capsys=capsys)
 
 
 @pytest.mark.slow
@@ -64,4 +64,4 @@ def test_many_steps(pieces, tmp_path, capsys):
     found = measured(workflow.trainer, every=STEPS // 12)
     workflow.run()
     assert workflow.trainer.state.iteration == STEPS
-    assert_flat(found, megabytes=100, capsys=capsys)
+    assert_flat(found, megabytes=50, capsys=capsys)

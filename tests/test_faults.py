@@ -410,6 +410,7 @@ def test_clock_that_is_set_back(commands, scans, tmp_path, trained, segmented, c
             "error: memory ran out (Unable to allocate 3 GiB); lower --batch_size",
         ),
         (RuntimeError("can't start new thread"), "error: memory ran out (can't start new thread); lower"),
+        (RuntimeError("could not create a primitive descriptor for a convolution"), None),
         (RuntimeError("could not create a primitive"), "error: memory ran out (could not create a primitive); lower"),
         (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "error: memory ran out (CUDA out of memory. Tried)"),
         (OSError(errno.EROFS, "Read-only file system", "x"), "error: [Errno 30] Read-only file system: 'x'; make room"),

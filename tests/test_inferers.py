@@ -246,14 +246,22 @@ def test_windows_are_as_large_as_memory_allows(monkeypatch, caplog, megabytes, p
     assert caplog.messages == [f"{ways} 96 x 128 x 112 voxels ({megabytes / 1000:.1f} GB available)"]
 
 
-@pytest.mark.parametrize("size", ["large", [64, 64], [64] * 4, [50, 50, 50], [0, 0, 0], -16, True, None, [64.0] * 3])
+@pytest.mark.parametrize("size", ["large", [64, 64], [64] * 4, [0, 0, 0], -16, True, None, [64.0] * 3])
 def test_window_that_can_not_be(size):
-    with pytest.raises(InputError, match=r"^--window_size .*: must be auto or three multiples of 16, like"):
+    with pytest.raises(InputError, match=r"^--window_size .*: must be auto or three whole numbers, like"):
         LargestWindowInferer(size)
 
 
+def test_window_that_the_network_does_not_take(network):
+    with (
+        torch.no_grad(),
+        pytest.raises(InputError, match=r"--window_size \(50, 50, 50\): doesn't suit .* of 4"),
+    ):
+        LargestWindowInferer([50, 50, 50])(torch.zeros(1, 2, 64, 64, 64), network)
+
+
 def test_window_of_one_number():
-    assert LargestWindowInferer(64).roi_size == (64, 64, 64)
+    assert LargestWindowInferer(64).roi_size == LargestWindowInferer(np.int64([64, 64, 64])).roi_size == (64, 64, 64)
 
 
 def test_fitting_window():
@@ -263,6 +271,7 @@ def test_fitting_window():
     assert fitting_window([16, 192, 32], 0) == [16, 64, 32]
 
 
+@pytest.mark.slow
 def test_available_memory_heeds_the_limit_of_the_user():
     code = (
         "import resource, torch; from scripts.inferers import available_memory as a; cpu = torch.device('cpu');"

@@ -127,7 +127,7 @@ def content(path: Path) -> bytes:
         return file.read()
 
 
-@pytest.mark.parametrize("suffix", [".hdr", ".nii.gz"])
+@pytest.mark.parametrize("suffix", [".hdr", pytest.param(".nii.gz", marks=pytest.mark.slow)])
 def test_nothing_of_a_patient_goes_from_headers_into_results(brains, tmp_path, suffix):
     data, output = tmp_path / "data", tmp_path / "output"
     save_telling_subject(data, brains[0], suffix)

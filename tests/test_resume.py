@@ -82,7 +82,8 @@ def uninterrupted(dataset, tmp_path_factory):
     return output, train(dataset, output)
 
 
-@pytest.mark.parametrize("moment", ["writing", pytest.param("computing", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["writing", "computing"])
 def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninterrupted, moment, capsys):
     (tmp_path / "killed.py").write_text(KILLED)
     output = tmp_path / "out"
@@ -103,6 +104,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninte
         assert same(*(torch.load(folder / name, weights_only=True) for folder in (output, expected_output))), name
 
 
+@pytest.mark.slow
 def test_nothing_to_resume_starts_at_the_first_epoch(dataset, tmp_path, uninterrupted, capsys):
     assert train(dataset, tmp_path, resume=True) == uninterrupted[1]
     assert f"{tmp_path}/last.pt isn't there: training starts at the first epoch" in capsys.readouterr().out

@@ -101,7 +101,7 @@ def test_absent_folder_has_no_subjects(tmp_path):
         (["subject-1-T1.img"], r"subject-1-T1.img: its header subject-1-T1.hdr is missing"),
         ([*analyze("subject-1-T1"), "subject-1-T1.nii.gz"], r"subject 1 has .*subject-1-T1.hdr as well; keep one"),
         (["a/subject-1-T1.nii", "b/subject-1-T1.nii"], r"keep one of the two"),
-        (["a/subject-1-T1.nii", "b/subject-1-T2.nii"], r"b/subject-1-T2.nii: lies elsewhere than .*a/subject-1-T1.nii"),
+        (["a/T1/subject-1-T1.nii", "b/T2/subject-1-T2.nii"], r"b/T2/subject-1-T2.nii: lies elsewhere than .*a/T1/"),
         (["train_iseg_nocut_1.h5", "subject-1-T1.nii"], r"nocut_1.h5: subject 1 has .*subject-1-T1.nii as well; keep"),
         (["a/train_iseg_nocut_1.h5", "b/train_iseg_nocut_1.h5"], r"subject 1 has .*nocut_1.h5 as well; keep one"),
     ],
@@ -115,21 +115,28 @@ def test_folders_behind_links_are_entered_once(tmp_path):
     touch(tmp_path / "elsewhere", "subject-1-T1.nii", "subject-1-T2.nii")
     data = tmp_path / "data"
     touch(data, "subject-2-T1.nii", "subject-2-T2.nii", "derivatives/subject-3-T1.nii")
-    for link, target in (("one", tmp_path / "elsewhere"), ("two", tmp_path / "elsewhere"), ("itself", data)):
-        (data / link).symlink_to(target)
+    links = {"one": "elsewhere", "two": "elsewhere", "itself": "data", "up": "", "results": "data/derivatives"}
+    for link, target in links.items():
+        (data / link).symlink_to(tmp_path / target)
     assert ids(find_subjects(str(data))) == ["1", "2"]
 
 
-def test_folder_that_can_not_be_read(tmp_path, as_nobody):
-    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii", "more/subject-2-T1.nii")
-    (tmp_path / "more").chmod(0)
-    told = f"{tmp_path}/more: can't be read (Permission denied); allow it, or take the folder away"
-    with as_nobody(tmp_path):
+def test_a_folder_for_each_modality(tmp_path):
+    touch(tmp_path, "A/T1/subject-1-T1.nii", "A/T2/subject-1-T2.nii", "A/label/subject-1-label.nii")
+    assert ids(training_subjects(str(tmp_path), [])) == ["1"]
+
+
+def test_folder_that_can_not_be_read(open_folder, as_nobody):
+    touch(open_folder, "subject-1-T1.nii", "subject-1-T2.nii", "more/subject-2-T1.nii", "lost+found/x")
+    for folder in ("more", "lost+found"):
+        (open_folder / folder).chmod(0)
+    told = f"{open_folder}/more: can't be read (Permission denied); allow it, or take the folder away"
+    with as_nobody():
         with pytest.raises(InputError, match=re.escape(told)):
-            find_subjects(str(tmp_path))
-        assert ids(subjects_to_segment(str(tmp_path), None, stop_at_bad_subject=False)) == ["1"]
-        assert bad_subjects(str(tmp_path), None) == [told]
-        assert bad_subjects(str(tmp_path), [1]) == []
+            find_subjects(str(open_folder))
+        assert ids(subjects_to_segment(str(open_folder), None, stop_at_bad_subject=False)) == ["1"]
+        assert bad_subjects(str(open_folder), None) == [told]
+        assert bad_subjects(str(open_folder), [1]) == []
 
 
 def test_ids_that_are_not_there(tmp_path):

@@ -75,7 +75,7 @@ def test_checkpoint_that_is_larger_than_its_file(checkpoint):
         for name in records.namelist():
             packed.writestr(name, bytes(len(records.read(name))) if "/data/" in name else records.read(name))
     assert path.stat().st_size < len(content) / 10
-    with pytest.raises(InputError, match=f"{path}: can't be read as a checkpoint"):
+    with pytest.raises(InputError, match=f"{path}: is packed"):
         load_weights(network, str(path))
 
 

@@ -187,6 +187,7 @@ def test_memory_setting_tells_glibc(monkeypatch):
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told")
+@pytest.mark.slow
 def test_more_than_two_gigabytes_are_kept():
     code = (
         "import psutil, torch; from scripts.workflow import keep_freed_memory; keep_freed_memory();"
