@@ -130,13 +130,13 @@ def slow(*parameters):
     return pytest.param(*parameters, marks=pytest.mark.slow)
 
 
-# moments of which one is tried each time, and the others by the slow tests; KILLS makes them more
+# moments, of which the first of inference is tried each time, and the others by the slow tests; KILLS makes them more
 KILLS = int(os.environ.get("KILLS", "5"))
-MOMENTS = [pytest.param(number, marks=pytest.mark.slow if number else ()) for number in range(KILLS)]
+MOMENTS = [slow(command, number) for command in ("training", "inference") for number in range(KILLS)]
+MOMENTS[KILLS] = ("inference", 0)
 
 
-@pytest.mark.parametrize("number", MOMENTS)
-@pytest.mark.parametrize("command", ["training", "inference"])
+@pytest.mark.parametrize(("command", "number"), MOMENTS)
 def test_command_killed_at_any_moment_ends_as_if_it_had_not_been(commands, scans, tmp_path, request, command, number):
     arguments = {"training": resumable, "inference": segmenting}[command](scans, tmp_path / "out")
     undisturbed = request.getfixturevalue({"training": "trained", "inference": "segmented"}[command])
