@@ -528,4 +528,4 @@ def test_volume_of_256_cubed_in_4_gb(tmp_path):
     assert "windows of" in told, told
     found = np.asarray(nib.load(tmp_path / "subject-1-label.nii.gz").dataobj)
     assert found.shape == (256, 256, 256, 1)
-    assert (found[..., 0] == label)[label > 0].mean() > 0.85
+    assert (found[..., 0] == label)[label > 0].mean() > 0.8
