@@ -86,12 +86,15 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
     root = Path(dataset_dir)
     subjects: list[BidsSubject] = []
     left_out: dict[str, str | InputError] = {}
-    for folder in (*root.glob("sub-*/"), *root.glob("sub-*/ses-*/")):
+    anats = sorted([*root.glob("sub-*/anat/"), *root.glob("sub-*/ses-*/anat/")])
+    for folder in (*root.glob("sub-*/"), *root.glob("sub-*/ses-*/"), *anats):
         if not _can_be_read(folder):
-            session = "_".join(folder.relative_to(root).parts)
+            session = "_".join(part for part in folder.relative_to(root).parts if part != "anat")
             left_out[session] = InputError(f"{folder}: can't be read; allow it, or take the folder away")
-    for anat in sorted([*root.glob("sub-*/anat/"), *root.glob("sub-*/ses-*/anat/")]):
+    for anat in anats:
         session = "_".join(anat.relative_to(root).parts[:-1])
+        if session in left_out:
+            continue
         try:
             scans = [scan for scan in _scans(anat, session) if scan.is_usable]
         except InputError as error:
@@ -147,11 +150,7 @@ def _can_be_read(folder: Path) -> bool:
 def _scans(anat: Path, session: str) -> Iterator[_Scan]:
     """T1w, T2w and masks in the folder of a session, such as `sub-01_ses-02`; InputError where one can't be there."""
     found: dict[str, Path] = {}
-    try:
-        paths = sorted(anat.iterdir())
-    except OSError as error:
-        raise InputError(f"{anat}: can't be read ({error.strerror}); allow it, or take the folder away") from error
-    for path in paths:
+    for path in sorted(anat.iterdir()):
         name = FILE_NAME.fullmatch(path.name)
         if name is None:
             continue

@@ -20,7 +20,6 @@ from matplotlib.figure import Figure
 from scripts.distributed import gathered
 from scripts.metrics import tissue_volumes
 from scripts.provenance import ProvenanceSaver
-from scripts.registration import not_registered
 from scripts.report import (
     DISAGREEMENT_COLOR,
     TISSUE_COLORS,
@@ -88,7 +87,7 @@ def subject_part(item: Mapping[str, Any], with_pictures: bool = True) -> Part:
         "brain left unlabelled": brain_left_unlabelled(t1, prediction),
         "not skull-stripped": not_skull_stripped(t1, voxel_ml),
         "T2 missing": t2_missing(t1, t2),
-        "T2 not registered": not_registered(t1, t2, voxel_size),
+        "T2 not registered": item["t2"].meta.get("not_registered"),
         "voxel size": other_voxel_size(voxel_size),
         "left-right asymmetry": left_right_asymmetry(prediction),
     }

@@ -222,7 +222,8 @@ class LargestWindowInferer(SlidingWindowInferer):
         try:
             return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)
         except Exception as error:
-            if isinstance(error, ValueError) and not self.automatic:  # by which a network refuses a size
+            # by which a network refuses a size
+            if isinstance(error, ValueError) and not isinstance(error, InputError) and not self.automatic:
                 raise InputError(f"--window_size {self.roi_size}: doesn't suit the network: {error}") from error
             if not ran_out_of_memory(error):
                 raise

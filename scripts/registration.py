@@ -8,7 +8,7 @@ LARGEST_NEGATIVE_SHARE = 0.01
 # mm by which T2 is moved to see whether it fits T1 as well elsewhere
 STEP = 3
 # Of what T1 tells of a T2 in its place, it tells this share at most of one moved by 3 mm. On synthetic scans it was
-# 0.15 to 0.4, with a strong bias field as well; 0.4 to 0.6 where T2 was off by 1 mm, over 1 where off by 2 mm or more.
+# 0.15 to 0.45, with a bias field, noise or blur as well; 0.4 to 0.6 where T2 was off by 1 mm, over 1 from 2 mm on.
 LARGEST_SHARE_ELSEWHERE = 0.9
 FEWEST_VOXELS = 10_000  # that are looked at; few agree by chance
 LEVELS = 16

@@ -159,20 +159,20 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
             is named so but isn't a file, two files for one volume, or images beside an HDF5 file; both layouts in one
             folder; a folder that can't be read; or as `find_bids_subjects`.
     """
-    subjects, bad = _good_and_bad_subjects(dataset_dir)
+    subjects, bad, _ = _good_and_bad_subjects(dataset_dir)
     for error in bad.values():
         raise error
     return subjects
 
 
-def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, InputError]]:
-    """The subjects as `find_subjects` has them, and by id, or a folder's path, why others can't be used."""
-    in_bids, left_out = bids.find_bids_subjects(dataset_dir)
-    if in_bids or left_out:
+def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, InputError], bool]:
+    """The subjects as `find_subjects` has them, why others can't be used, by id or folder, and whether it is BIDS."""
+    of_bids, left_out = bids.find_bids_subjects(dataset_dir)
+    if of_bids or left_out:
         for _, path in _named_files(dataset_dir, {}, but_in=("derivatives", "sourcedata", "code")):
             raise InputError(f"{path}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder")
         bad = {subject: reason for subject, reason in left_out.items() if isinstance(reason, InputError)}
-        return sorted(in_bids, key=lambda subject: natural_order(subject["subject"])), bad
+        return sorted(of_bids, key=lambda subject: natural_order(subject["subject"])), bad, True
     found, bad = _find_volumes(dataset_dir)
     subjects: list[Subject] = []
     for subject_id in sorted(found.keys() - bad.keys(), key=natural_order):
@@ -180,7 +180,7 @@ def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, I
             subjects.append(_subject(subject_id, found[subject_id]))
         except InputError as error:
             bad[subject_id] = error
-    return subjects, bad
+    return subjects, bad, False
 
 
 def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
@@ -222,10 +222,6 @@ def _is_named(subject: str, name: str, in_bids: bool) -> bool:
 def _named(subjects: Iterable[str], name: str, in_bids: bool) -> list[str]:
     """Those of some ids that a name means."""
     return [subject for subject in subjects if _is_named(subject, name, in_bids)]
-
-
-def _is_bids(dataset_dir: str) -> bool:
-    return any(bids.find_bids_subjects(dataset_dir))
 
 
 def _pick(subjects: list[Subject], ids: Ids, dataset_dir: str, setting: str) -> list[Subject]:
@@ -284,7 +280,7 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None, stop_at_bad_subj
     Raises:
         InputError: one of them isn't there, is left out or is an HDF5 file, or as `find_subjects`.
     """
-    found, bad = _good_and_bad_subjects(dataset_dir)
+    found, bad, in_bids = _good_and_bad_subjects(dataset_dir)
     if stop_at_bad_subject:
         for error in bad.values():
             raise error
@@ -294,7 +290,6 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None, stop_at_bad_subj
     if subjects is None:
         return [subject for subject in found if "label" not in subject]
     good = [subject["subject"] for subject in found]
-    in_bids = _is_bids(dataset_dir)
     # what names bad ones alone is told at the end
     names = [name for name in _ids(subjects) if _named(good, name, in_bids) or not _named(bad, name, in_bids)]
     for name in names:
@@ -315,10 +310,9 @@ def subjects_to_segment(dataset_dir: str, subjects: Ids | None, stop_at_bad_subj
 
 def bad_subjects(dataset_dir: str, subjects: Ids | None) -> list[str]:
     """Why subjects, all of a folder or those with these ids, lack a file or have one too many."""
-    _, bad = _good_and_bad_subjects(dataset_dir)
+    _, bad, in_bids = _good_and_bad_subjects(dataset_dir)
     if subjects is None:
         return [str(error) for error in bad.values()]
-    in_bids = _is_bids(dataset_dir)
     meant = {subject for name in _ids(subjects) for subject in _named(bad, name, in_bids)}
     return [str(error) for subject, error in bad.items() if subject in meant]
 

@@ -313,13 +313,12 @@ def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
         )
 
 
-def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, sizes: np.ndarray, path: str) -> None:
-    """Refuse a T2 (X, Y, Z) that shows little of the brain of T1, by InputError; warn of one that isn't registered.
+def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, path: str) -> None:
+    """Refuse a T2 (X, Y, Z) that shows little of the brain of T1, by InputError.
 
     Args:
         t1: (X, Y, Z), 0 outside the brain.
         t2: likewise, stripped or not.
-        sizes: of a voxel along the three axes, in mm.
         path: of T2, for the message.
     """
     missing = np.count_nonzero(~has_values(t1, t2)[t1 > 0]) / np.count_nonzero(t1 > 0)
@@ -327,8 +326,6 @@ def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, sizes: np.ndarray, path:
         raise InputError(
             f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and give both one mask"
         )
-    if warning := not_registered(t1, t2, sizes):
-        logger.warning("%s: %s", path, warning)
 
 
 def _require_contrast(spreads: Iterable[float], t1_path: str) -> None:
@@ -419,7 +416,8 @@ class LoadSubjectd(Transform):
     and T2 become 0 where it isn't above 0. Gives, on the grid of the T1 file and with its affine, a copy with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or from HDF5 as `read_hdf5` gives them
-    - `t1`, `t2`: float32 (1, X, Y, Z), the channels once more, to be kept on their own grid
+    - `t1`, `t2`: float32 (1, X, Y, Z), the channels once more, to be kept on their own grid; the meta data of `t2` have
+      under `not_registered` the warning of `scripts.registration`, which is logged as well, or an empty text
     - `label`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is one
 
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
@@ -451,7 +449,9 @@ class LoadSubjectd(Transform):
         _require_contrast(np.ptp(image[:, image[0] > 0], axis=1), t1_path)
         if np.array_equal(*image):
             raise InputError(f"{t1_path}: T1 and T2 of this subject are the same scan; give the T2 itself")
-        require_t2_of_brain(*image, nib.affines.voxel_sizes(affine), t2_path)
+        require_t2_of_brain(*image, t2_path)
+        if warning := not_registered(*image, nib.affines.voxel_sizes(affine)):
+            logger.warning("%s: %s", t2_path, warning)
         if label is not None:
             if not label.any():
                 raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or take it away")
@@ -465,6 +465,7 @@ class LoadSubjectd(Transform):
             del loaded["image"].meta["filename_or_obj"]
         for name, channel, path in (("t1", image[:1], t1_path), ("t2", image[1:], t2_path)):
             loaded[name] = _meta_tensor(channel.copy(), affine, path)
+        loaded["t2"].meta["not_registered"] = warning or ""
         if label is not None:
             loaded["label"] = _meta_tensor(label[None], affine, data["label"])
         return loaded
