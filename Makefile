@@ -35,6 +35,9 @@ demo/.segmented: demo/.evaluated
 bench: $(VENV)/.installed
 	$(PY) -m scripts bench
 
+# two tests at a time, so each computes on one core: more threads than cores wait for one another
+test test-slow: export OMP_NUM_THREADS := 1
+
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 

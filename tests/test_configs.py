@@ -87,10 +87,9 @@ def test_top_level_metadata_is_a_link():
 
 
 @pytest.mark.parametrize(("config", "kind"), [("train", "train"), ("inference", "infer")])
-def test_properties_that_monai_requires(config, kind, dataset):
-    workflow = ConfigWorkflow(
-        str(CONFIGS / f"{config}.json"), workflow_type=kind, dataset_dir=str(dataset), bundle_root=str(ROOT)
-    )
+def test_properties_that_monai_requires(config, kind, dataset, tmp_path):
+    folders = {"dataset_dir": str(dataset), "output_dir": str(tmp_path), "bundle_root": str(ROOT)}
+    workflow = ConfigWorkflow(str(CONFIGS / f"{config}.json"), workflow_type=kind, **folders)
     workflow.initialize()
     assert workflow.check_properties() == []
 
