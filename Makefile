@@ -41,9 +41,10 @@ test test-slow: export OMP_NUM_THREADS := 1
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 
-# the demo from nothing and the set-up without make; the tests of the report want a browser (on Debian: chromium)
+# the demo from nothing and the set-up without make; the tests of the report want a browser (on Debian: chromium); files
+# in their order, or the demo would be the last and alone
 test-slow: $(VENV)/.installed-dev
-	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile
+	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # a real MONAI Label server with the bundle, in an environment of its own; without it the tests would be skipped
 test-monailabel: $(VENV)-monailabel/.installed
