@@ -301,7 +301,7 @@ def test_training_and_the_way_back(home, slicer, first_labels, brains):
 
     # stopped in its first epoch
     slicer.train(max_epochs=50)
-    while "[2/36]" not in slicer.log.read_text():
+    while "training [1/50]: [2/" not in slicer.log.read_text():
         assert slicer.client.train_status()["status"] in ("SUBMITTED", "RUNNING"), slicer.log.read_text()
         time.sleep(0.2)
     assert slicer.client.train_stop()["status"] == "STOPPED"
