@@ -205,6 +205,19 @@ def touch(directory: Path, *names: str) -> Path:
 
 
 @contextmanager
+def two_threads() -> Iterator[None]:
+    """Computing on two threads, in this process and in commands, whatever others are kept to."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "2")
+        torch.set_num_threads(2)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+@contextmanager
 def server(arguments: str, cwd: Path = ROOT, **environment: str) -> Iterator[int]:
     """A real process `python -m ARGUMENTS` that serves on a port of this machine, for which PORT stands in them."""
     with socket.socket() as free:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, two_threads
 from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTransform, ToTensor, Transform
 
@@ -54,15 +54,11 @@ def test_only_the_reader_computes_on_one_core(device, expected):
         def __call__(self, number):
             return torch.rand(2**20).exp().sum() * 0 + torch.get_num_threads()
 
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
+    with two_threads():
         for cores in ReadAheadDataLoader(Dataset(range(3), CoresTransform()), device=device, batch_size=1):
             assert cores.item() == expected
             assert torch.get_num_threads() == 2
         assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_all_batches_in_order_and_again():

@@ -238,14 +238,14 @@ def test_uncertainty_is_higher_where_the_label_is_wrong(brains):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("uncertainty", ["flips", "dropout"])
-def test_uncertainty_is_higher_where_the_label_of_a_phantom_is_wrong(uncertainty):
-    """The weights included were trained on brains, and without dropout: by `dropout` 1.9 times as high, area 0.78."""
+@pytest.mark.parametrize(("uncertainty", "ratio", "area"), [("flips", 2, 0.8), ("dropout", 1.7, 0.75)])
+def test_uncertainty_is_higher_where_the_label_of_a_phantom_is_wrong(uncertainty, ratio, area):
+    """The weights included were trained without dropout, so that tells less."""
     rng = np.random.default_rng([0, 1])
     label = label_map(rng)
     t1, t2 = (six_month_image(label, contrast, rng) for contrast in (T1_CONTRAST, T2_CONTRAST))
     result = segment(t1, t2, LAS, uncertainty=uncertainty, dropout_samples=4)
-    assert_higher_where_wrong(result.uncertainty, result.label, label, ratio=1.5, area=0.7)
+    assert_higher_where_wrong(result.uncertainty, result.label, label, ratio, area)
 
 
 def test_page_states_the_number_of_dropout_samples_that_is_used():

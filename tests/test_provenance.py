@@ -3,13 +3,14 @@
 import hashlib
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, configured, save_subject
+from conftest import ROOT, configured, save_subject, two_threads
 from test_resume import same, train
 
 from scripts.provenance import made_by
@@ -72,9 +73,10 @@ def test_training_and_evaluation_tell_with_what_they_were_made(dataset, tmp_path
 
 
 @pytest.fixture(scope="module")
-def first(dataset, tmp_path_factory) -> dict[str, torch.Tensor]:
-    """The network of a training."""
-    return trained(dataset, tmp_path_factory.mktemp("first"))
+def first(dataset, tmp_path_factory) -> Iterator[dict[str, torch.Tensor]]:
+    """The network of a training on two threads, as those that are compared with it."""
+    with two_threads():
+        yield trained(dataset, tmp_path_factory.mktemp("first"))
 
 
 def trained(dataset: Path, output: Path, **settings: object) -> dict[str, torch.Tensor]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, bundle, last_line
+from conftest import QUICK, ROOT, bundle, last_line, two_threads
 from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 
@@ -78,8 +78,10 @@ def same(first, second) -> bool:
 
 @pytest.fixture(scope="module")
 def uninterrupted(dataset, tmp_path_factory):
+    """A training on two threads, as those that are compared with it."""
     output = tmp_path_factory.mktemp("uninterrupted")
-    return output, train(dataset, output)
+    with two_threads():
+        yield output, train(dataset, output)
 
 
 @pytest.mark.slow
