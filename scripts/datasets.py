@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import itertools
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -133,6 +134,18 @@ def _compute_on_one_core() -> None:
     torch.get_num_threads()  # a thread takes the number when it first asks for it, and keeps it
 
 
+def feeding_processes(device: torch.device | str) -> int:
+    """Processes that cut patches for the network of this process.
+
+    None where it is on the CPU, whose cores it needs itself: a thread is enough. For a GPU, which would wait for one,
+    all cores but one, up to 16; the processes that `torchrun` starts on a machine share them.
+    """
+    if torch.device(device).type == "cpu":
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+
+
 class ReadAheadDataLoader(DataLoader):
     """MONAI's DataLoader, but the next batch is made in a thread while the present one is in use.
 
@@ -146,15 +159,19 @@ class ReadAheadDataLoader(DataLoader):
     Args:
         dataset: as MONAI's.
         device: where the network is.
-        settings: those of MONAI's DataLoader.
+        num_workers: processes that prepare batches; they are kept from epoch to epoch.
+        settings: others of MONAI's DataLoader.
     """
 
-    def __init__(self, dataset: Dataset, device: torch.device | str, **settings: Any) -> None:
-        super().__init__(dataset, **settings)
+    def __init__(self, dataset: Dataset, device: torch.device | str, num_workers: int = 0, **settings: Any) -> None:
+        super().__init__(dataset, num_workers=num_workers, persistent_workers=num_workers > 0, **settings)
         self.device = torch.device(device)
 
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
+        if self.num_workers > 0:  # ahead by themselves; started by a thread of an executor they may not end
+            yield from batches
+            return
         with ThreadPoolExecutor(max_workers=1) as reader:
             if self.device.type == "cpu":
                 cores = torch.get_num_threads()

@@ -15,6 +15,7 @@ from typing import Any
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
+from monai.engines import Trainer
 
 from scripts.exported import is_exported
 from scripts.inferers import network_precision
@@ -78,7 +79,8 @@ def provenance(engine: Engine, settings: Mapping[str, Any]) -> dict[str, str]:
         settings: to be told, by name; `precision` is among them, and `checkpoints` where they give the weights.
     """
     device = torch.device(engine.state.device)
-    precision = str(network_precision(device, settings["precision"])).removeprefix("torch.")
+    dtype = network_precision(device, settings["precision"], training=isinstance(engine, Trainer))
+    precision = str(dtype).removeprefix("torch.")
     paths = checkpoint_paths(settings["checkpoints"]) if "checkpoints" in settings else []
     exported = any(map(is_exported, paths))
     # MONAI's federated client evaluates weights that it was sent, whether or not a checkpoint is there

@@ -18,6 +18,16 @@ from scripts.weights import begins, load_weights
 from scripts.writers import whole_files
 
 
+def set_random_states(seed: int) -> None:
+    """Let Python, NumPy and torch draw from a seed; what is computed on the CPU is then the same each time.
+
+    On a GPU it may differ in rounding: bound to one order of sums, cuDNN took 15 times as long for a step of the
+    paper's variant (0.68 s, else 0.05 s, on an H100).
+    """
+    set_determinism(seed)
+    torch.backends.cudnn.deterministic = False
+
+
 class ResumableTraining:
     """Handler that writes the state of a training after each epoch and, when asked, goes on from there.
 
@@ -70,7 +80,7 @@ class ResumableTraining:
     def draw_anew(self, engine: Engine) -> None:
         """Set every random state to that of the epoch and rank."""
         seed = epoch_seed(self.seed, engine.state.epoch, idist.get_rank())
-        set_determinism(seed)
+        set_random_states(seed)
         set_rnd(engine.data_loader.dataset, seed)
 
     @idist.one_rank_only()

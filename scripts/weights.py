@@ -205,7 +205,8 @@ def begins(engine: Engine) -> bool:
 
 def _write(network: torch.nn.Module, path: Path) -> None:
     with whole_files(path.parent) as temporary:
-        torch.save(network.state_dict(), temporary / path.name)
+        # on the CPU, so that whoever loads them needn't have a GPU
+        torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary / path.name)
 
 
 class BestWeightsSaver:

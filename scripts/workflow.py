@@ -23,10 +23,11 @@ from fire.parser import DefaultParseValue
 from ignite.engine import Engine
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
 from monai.bundle.utils import ID_SEP_KEY
-from monai.utils import ensure_tuple, set_determinism
+from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
 from scripts.exported import is_exported
+from scripts.resume import set_random_states
 from scripts.subjects import Ids
 from scripts.writers import alone
 
@@ -210,4 +211,4 @@ def start(seed: int) -> None:
     # MLflow, if there is one, would tell its makers of its use
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     keep_freed_memory()
-    set_determinism(seed)
+    set_random_states(seed)

@@ -1,3 +1,5 @@
+import gc
+import os
 import subprocess
 import sys
 import threading
@@ -11,7 +13,7 @@ from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTransform, ToTensor, Transform
 
 from scripts import datasets
-from scripts.datasets import CropSampler, ReadAheadDataLoader, cached_dataset
+from scripts.datasets import CropSampler, ReadAheadDataLoader, cached_dataset, feeding_processes
 from scripts.errors import InputError
 
 
@@ -65,6 +67,36 @@ def test_all_batches_in_order_and_again():
     loader = ReadAheadDataLoader(Dataset(range(5), Reader()), device="cpu", batch_size=1)
     assert numbers(loader) == numbers(loader) == [0, 1, 2, 3, 4]
     assert numbers(ReadAheadDataLoader(Dataset([], Reader()), device="cpu", batch_size=1)) == []
+
+
+def test_processes_that_feed_a_gpu():
+    class Process(Transform):
+        def __call__(self, number):
+            return {"number": number, "process": os.getpid()}
+
+    before = threading.active_count()
+    loader = ReadAheadDataLoader(Dataset(range(6), Process()), device="cuda", batch_size=1, num_workers=2)
+    epochs = [list(loader) for _ in range(2)]
+    assert [[batch["number"].item() for batch in epoch] for epoch in epochs] == [[0, 1, 2, 3, 4, 5]] * 2
+    processes = [{batch["process"].item() for batch in epoch} for epoch in epochs]
+    assert processes[0] == processes[1]
+    assert len(processes[0] - {os.getpid()}) == 2
+    began = time.monotonic()
+    del loader
+    gc.collect()
+    # waiting for each in vain takes 5 seconds
+    assert time.monotonic() - began < 4
+    assert threading.active_count() == before
+
+
+def test_number_of_processes_that_feed(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+    assert feeding_processes("cpu") == 0
+    assert feeding_processes("cuda:0") == 11
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert feeding_processes(torch.device("cuda", 3)) == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "16")
+    assert feeding_processes("cuda") == 1
 
 
 def test_error_comes_after_the_batches_before_it_and_names_its_cause():

@@ -69,7 +69,9 @@ def test_automatic_precision_follows_the_gpu(monkeypatch):
     for capable, dtype in ((True, torch.bfloat16), (False, torch.float16)):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, capable=capable: capable)
         assert network_precision(gpu, "auto") == dtype
-        assert needs_loss_scaling("cuda", "auto") is not capable
+        assert network_precision(gpu, "auto", training=True) == torch.float16
+    assert needs_loss_scaling("cuda", "auto")
+    assert not needs_loss_scaling("cuda", "bf16")
     assert needs_loss_scaling(gpu, "fp16")
     assert not needs_loss_scaling("cpu", "auto")
 
