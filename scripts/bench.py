@@ -362,6 +362,7 @@ def bench(output_dir: str = "eval/bench", rounds: int = 3, subjects: int = 13, p
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": str(dtype).removeprefix("torch."),
+        "precision in training": str(network_precision(device, precision, training=True)).removeprefix("torch."),
         "convolution ceiling, GFLOP/s": ceiling,
     }
     results = {

@@ -138,12 +138,13 @@ def feeding_processes(device: torch.device | str) -> int:
     """Processes that cut patches for the network of this process.
 
     None where it is on the CPU, whose cores it needs itself: a thread is enough. For a GPU, which would wait for one,
-    all cores but one, up to 16; the processes that `torchrun` starts on a machine share them.
+    all cores but one, up to 16; the processes that `torchrun` starts on a machine share them. None elsewhere than on
+    Linux, where each would have a copy of the subjects.
     """
-    if torch.device(device).type == "cpu":
+    if torch.device(device).type == "cpu" or not hasattr(os, "sched_getaffinity"):
         return 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(1, min(16, cores - 1))
 
 
 class ReadAheadDataLoader(DataLoader):

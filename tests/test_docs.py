@@ -216,9 +216,8 @@ def test_model_card_states_the_settings_that_are_used():
     train = json.loads((ROOT / "configs" / "train.json").read_text())
     patches = f"epochs of {train['crops_per_epoch']} patches"
     assert f"{train['epochs']} {patches}, highest learning rate {train['learning_rate']}" in card
-    weights = re.findall(r"--epochs (\d+)", (ROOT / "Makefile").read_text())
-    assert len(weights) == 2
-    assert all(f"{epochs} {patches}" in card for epochs in weights)
+    weights = re.findall(r"--crops_per_epoch (\d+) --epochs (\d+)", (ROOT / "Makefile").read_text())
+    assert [f"{epochs} epochs of {patches} patches" in card for patches, epochs in weights] == [True]
     assert " \u00d7 ".join(map(str, train["patch_size"])) + " voxels" in card
 
 
