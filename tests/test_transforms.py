@@ -5,12 +5,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_subject, save_volume
-from monai.data import CacheDataset, DataLoader, Dataset
-from monai.transforms import Spacingd
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor
+from monai.transforms import AsDiscreted, Spacingd
 
 from scripts.errors import InputError
 from scripts.subjects import find_subjects
-from scripts.transforms import LoadSubjectd, NormalizeByT1Maskd, read_hdf5, read_volume, tissue_labels
+from scripts.transforms import (
+    LoadSubjectd,
+    MostLikelyTissued,
+    NormalizeByT1Maskd,
+    read_hdf5,
+    read_volume,
+    tissue_labels,
+)
 from scripts.weights import read_checkpoint
 
 RNG = np.random.default_rng(0)
@@ -238,3 +245,13 @@ def test_t1_and_t2_under_many_processes(many):
     loader = DataLoader(Dataset(many, LoadSubjectd()), batch_size=1, num_workers=8)
     batches = list(loader)
     assert_none_lost_or_swapped({"subject": b["subject"][0], "image": b["image"][0]} for b in batches)
+
+
+def test_label_of_logits_is_that_of_monai():
+    logits = MetaTensor(torch.randn(4, 8, 9, 10).round(decimals=1), affine=torch.diag(torch.tensor([2.0, 1, 1, 1])))
+    assert (logits.sort(dim=0, descending=True).values.diff(dim=0)[0] == 0).any()  # some are equal
+    found = MostLikelyTissued("pred")({"pred": logits})["pred"]
+    expected = AsDiscreted("pred", argmax=True)({"pred": logits})["pred"]
+    assert found.dtype == expected.dtype
+    assert torch.equal(found.as_tensor(), expected.as_tensor())
+    assert torch.equal(found.affine, expected.affine)
