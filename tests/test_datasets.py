@@ -86,7 +86,7 @@ def test_processes_that_feed_a_gpu():
     gc.collect()
     # waiting for each in vain takes 5 seconds
     assert time.monotonic() - began < 4
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
 
 
 def test_number_of_processes_that_feed(monkeypatch):
