@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
 
-.PHONY: demo bench test test-slow test-monailabel test-all lint weights package
+.PHONY: demo bench test test-slow test-gpu test-monailabel test-all lint weights package
 
 # phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
 demo: demo/.segmented
@@ -37,6 +37,8 @@ bench: $(VENV)/.installed
 
 # two tests at a time, so each computes on one core: more threads than cores wait for one another
 test test-slow: export OMP_NUM_THREADS := 1
+# a GPU rounds otherwise than these tests allow
+test test-slow test-monailabel: export CUDA_VISIBLE_DEVICES :=
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
@@ -45,6 +47,10 @@ test: $(VENV)/.installed-dev
 # in their order, or the demo would be the last and alone
 test-slow: $(VENV)/.installed-dev
 	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# what is computed on an NVIDIA GPU; skipped where there is none
+test-gpu: $(VENV)/.installed-dev
+	$(PY) -m pytest tests/test_gpu.py
 
 # a real MONAI Label server with the bundle, in an environment of its own; without it the tests would be skipped
 test-monailabel: $(VENV)-monailabel/.installed

@@ -295,6 +295,8 @@ def feed(device: torch.device, precision: str, dataset_dir: Path) -> list[Row]:
         crops_per_epoch=steps * batch_size, patch_size=[PATCH] * 3, output_dir=str(dataset_dir.parent),
     )  # fmt: skip
     loader = config.get_parsed_content("train#dataloader")
+    for _ in loader:  # processes start with the first batch
+        break
     seconds = seconds_of(lambda: [None for _ in loader], device)
     keep_freed_memory()
     step = _training_step(
@@ -355,19 +357,21 @@ def bench(output_dir: str = "eval/bench", rounds: int = 3, subjects: int = 13, p
     phantom(str(dataset_dir), subjects=1, unlabeled=subjects, seed=5)
 
     keep_freed_memory()
-    ceiling = convolution_ceiling(device, dtype)
+    training_dtype = network_precision(device, precision, training=True)
+    ceiling, training_ceiling = (convolution_ceiling(device, each) for each in (dtype, training_dtype))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities()["cpu_name"]
     machine: Row = {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "precision": str(dtype).removeprefix("torch."),
-        "precision in training": str(network_precision(device, precision, training=True)).removeprefix("torch."),
+        "precision in training": str(training_dtype).removeprefix("torch."),
         "convolution ceiling, GFLOP/s": ceiling,
+        "that of the precision in training": training_ceiling,
     }
     results = {
         "machine": [machine],
-        f"training step, patch of {PATCH}^3": training_steps(device, precision, rounds, ceiling),
+        f"training step, patch of {PATCH}^3": training_steps(device, precision, rounds, training_ceiling),
         "one subject, network only": one_subject(device, precision, rounds, ceiling, dataset_dir),
         "growth with volume": growth(device, precision, rounds),
         "training feed, batch 4": feed(device, precision, dataset_dir),

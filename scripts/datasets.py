@@ -20,6 +20,7 @@ from ignite.engine import Engine, Events
 from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTrait
 from torch.utils.data import DistributedSampler, RandomSampler
+from tqdm import trange
 
 from scripts.distributed import gathered
 from scripts.errors import InputError, input_error_in
@@ -107,7 +108,11 @@ def cached_dataset(
         return _InMemory(data, transform, num_workers=num_workers, copy_cache=_first_random(transform) is None)
     folder = _cache_folder(cache_dir)
     logger.info("prepared subjects are kept in %s until the end", folder)
-    return _OnDisk(data, transform, cache_dir=folder)
+    dataset = _OnDisk(data, transform, cache_dir=folder)
+    # here and now: processes that prepared one subject at the same time would read what another has half written
+    for index in trange(len(dataset), desc="Loading dataset"):
+        dataset[index]
+    return dataset
 
 
 def _cache_folder(parent: str) -> str:
@@ -138,8 +143,8 @@ def feeding_processes(device: torch.device | str) -> int:
     """Processes that cut patches for the network of this process.
 
     None where it is on the CPU, whose cores it needs itself: a thread is enough. For a GPU, which would wait for one,
-    all cores but one, up to 16; the processes that `torchrun` starts on a machine share them. None elsewhere than on
-    Linux, where each would have a copy of the subjects.
+    all cores but one, up to 16; the processes that `torchrun` starts on a machine share them. None on other systems
+    than Linux: there each process would have a copy of the subjects.
     """
     if torch.device(device).type == "cpu" or not hasattr(os, "sched_getaffinity"):
         return 0
@@ -148,7 +153,7 @@ def feeding_processes(device: torch.device | str) -> int:
 
 
 class ReadAheadDataLoader(DataLoader):
-    """MONAI's DataLoader, but the next batch is made in a thread while the present one is in use.
+    """MONAI's DataLoader, but the next batch is made while the present one is in use: in a thread, or in processes.
 
     Where the network is on the CPU that thread computes on one core: with threads of its own for a computation there
     would be more of them than cores, and then OpenMP lets all of them sleep at each step of the network, which takes a
@@ -170,7 +175,8 @@ class ReadAheadDataLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
-        if self.num_workers > 0:  # ahead by themselves; started by a thread of an executor they may not end
+        # processes read ahead themselves; those that an executor's thread had started didn't end when they should
+        if self.num_workers > 0:
             yield from batches
             return
         with ThreadPoolExecutor(max_workers=1) as reader:
@@ -196,10 +202,18 @@ class LenientDataLoader(ReadAheadDataLoader):
     Args:
         dataset: the subjects.
         stop_at_bad_subject: raise the first InputError instead.
-        settings: others of the DataLoader; there must be no workers, from which no InputError comes as it is.
+        num_workers: 0; from processes no InputError comes as it is.
+        settings: others of the DataLoader.
+
+    Raises:
+        InputError: `num_workers` is another.
     """
 
-    def __init__(self, dataset: Dataset, stop_at_bad_subject: bool = False, **settings: Any) -> None:
+    def __init__(
+        self, dataset: Dataset, stop_at_bad_subject: bool = False, num_workers: int = 0, **settings: Any
+    ) -> None:
+        if num_workers != 0:
+            raise InputError(f"--dataloader#num_workers {num_workers}: must be 0, or a bad subject would end the run")
         super().__init__(dataset, **settings)
         self.stop_at_bad_subject = stop_at_bad_subject
         self.refused: list[str] = []

@@ -73,6 +73,11 @@ def one_line_of(error: BaseException) -> str | None:
         if "thread" in reason:
             remedy += ", or allow this user more processes (ulimit -u)"
         return f"error: memory ran out ({reason}); {remedy}"
+    if isinstance(error, RuntimeError) and re.match(r"DataLoader worker .*(is killed|exited unexpectedly)", reason):
+        return (
+            f"error: a process that prepares patches was ended ({reason}); give fewer of them, as by "
+            "--train#dataloader#num_workers 0, or more shared memory (in Docker by --shm-size) and memory"
+        )
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         return f"error: {reason}; make room or allow it, or choose another folder"
     return None

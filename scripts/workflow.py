@@ -23,11 +23,10 @@ from fire.parser import DefaultParseValue
 from ignite.engine import Engine
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
 from monai.bundle.utils import ID_SEP_KEY
-from monai.utils import ensure_tuple
+from monai.utils import ensure_tuple, set_determinism
 
 from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
 from scripts.exported import is_exported
-from scripts.resume import set_random_states
 from scripts.subjects import Ids
 from scripts.writers import alone
 
@@ -200,6 +199,8 @@ def start(seed: int) -> None:
     """
     # MONAI's surface distances warn of an argument that MONAI itself passes
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+    # MONAI's trainer makes the loss scaler of float16 by a name that torch deprecates
+    warnings.filterwarnings("ignore", r".*torch\.cuda\.amp\.GradScaler", FutureWarning)
     # in somebody's own program, how errors look and what its arguments mean is theirs to say
     if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
         show_input_errors_in_one_line()
@@ -211,4 +212,4 @@ def start(seed: int) -> None:
     # MLflow, if there is one, would tell its makers of its use
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     keep_freed_memory()
-    set_random_states(seed)
+    set_determinism(seed)

@@ -1,5 +1,6 @@
 import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,8 +14,8 @@ from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTransform, ToTensor, Transform
 
 from scripts import datasets
-from scripts.datasets import CropSampler, ReadAheadDataLoader, cached_dataset, feeding_processes
-from scripts.errors import InputError
+from scripts.datasets import CropSampler, LenientDataLoader, ReadAheadDataLoader, cached_dataset, feeding_processes
+from scripts.errors import InputError, one_line_of
 
 
 class Reader(Transform):
@@ -89,6 +90,23 @@ def test_processes_that_feed_a_gpu():
     assert threading.active_count() <= before
 
 
+def test_processes_that_are_killed_are_told_of():
+    class Dying(Transform):
+        def __call__(self, number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    loader = ReadAheadDataLoader(Dataset([1], Dying()), device="cuda", batch_size=1, num_workers=1)
+    with pytest.raises(RuntimeError) as caught:
+        list(loader)
+    assert "ended (DataLoader worker" in one_line_of(caught.value)
+    assert "--train#dataloader#num_workers 0" in one_line_of(caught.value)
+
+
+def test_bad_subjects_are_passed_over_only_without_processes():
+    with pytest.raises(InputError, match="--dataloader#num_workers 2: must be 0"):
+        LenientDataLoader(Dataset([1], Reader()), device="cpu", num_workers=2)
+
+
 def test_number_of_processes_that_feed(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
     assert feeding_processes("cpu") == 0
@@ -120,6 +138,7 @@ def test_subjects_beyond_half_the_memory_are_kept_on_disk(tmp_path, monkeypatch,
     reader = Reader()
     dataset = cached_dataset(range(10), Compose([reader, RandomNothing()]), str(tmp_path / "cache"))
     assert isinstance(dataset, kind)
+    assert len(reader.times) == 11  # before anything is asked of it: processes may share it
     for _ in range(2):
         assert [item["image"][0].item() for item in dataset] == list(range(10))
     # once to measure, once to keep

@@ -216,8 +216,8 @@ def test_model_card_states_the_settings_that_are_used():
     train = json.loads((ROOT / "configs" / "train.json").read_text())
     patches = f"epochs of {train['crops_per_epoch']} patches"
     assert f"{train['epochs']} {patches}, highest learning rate {train['learning_rate']}" in card
-    weights = re.findall(r"--crops_per_epoch (\d+) --epochs (\d+)", (ROOT / "Makefile").read_text())
-    assert [f"{epochs} epochs of {patches} patches" in card for patches, epochs in weights] == [True]
+    ((patches, epochs),) = re.findall(r"--crops_per_epoch (\d+) --epochs (\d+)", (ROOT / "Makefile").read_text())
+    assert f"{epochs} epochs of {patches} patches" in card
     assert " \u00d7 ".join(map(str, train["patch_size"])) + " voxels" in card
 
 

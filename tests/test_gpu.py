@@ -129,5 +129,4 @@ def test_memory_of_the_estimate_suffices():
         with torch.inference_mode():
             MixedPrecisionInferer(LargestWindowInferer(), precision)(image, network)
         needed = torch.cuda.max_memory_reserved() - before
-        print(f"{precision}: {needed / 192**3:.0f} bytes a voxel")
-        assert needed < share * BYTES_PER_VOXEL * 192**3
+        assert needed < share * BYTES_PER_VOXEL * 192**3, f"{precision}: {needed / 192**3:.0f} bytes a voxel"
