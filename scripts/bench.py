@@ -25,6 +25,7 @@ from tqdm import tqdm
 from scripts.compare_recipes import RECIPES
 from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
 from scripts.network import SkipDenseSeg
+from scripts.optimizer import MuonAdamW
 from scripts.phantom import phantom
 from scripts.subjects import find_subjects, subjects_to_segment
 from scripts.weights import load_weights
@@ -125,8 +126,14 @@ def convolution_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
-def _training_step(network: nn.Module, inferer: Inferer, batch_size: int, device: torch.device) -> Callable[[], None]:
-    optimizer = torch.optim.AdamW(network.parameters())
+def _training_step(
+    network: nn.Module,
+    inferer: Inferer,
+    batch_size: int,
+    device: torch.device,
+    optimizer_type: type[torch.optim.Optimizer] = torch.optim.AdamW,
+) -> Callable[[], None]:
+    optimizer = optimizer_type(network.parameters())
     image = torch.randn(batch_size, 2, PATCH, PATCH, PATCH, device=device)
     label = torch.randint(0, 4, (batch_size, PATCH, PATCH, PATCH), device=device)
 
@@ -148,7 +155,8 @@ def training_steps(device: torch.device, precision: str, rounds: int, ceiling: f
         ways, gigaflops = {}, {}
         for name, network in networks().items():
             network.to(device)
-            ways[name] = (keep_freed_memory, _training_step(network, tuned, batch_size, device))
+            optimizer_type = MuonAdamW if isinstance(network, SkipDenseSeg) else torch.optim.AdamW
+            ways[name] = (keep_freed_memory, _training_step(network, tuned, batch_size, device, optimizer_type))
             with FlopCounterMode(display=False) as counter:
                 ways[name][1]()
             gigaflops[name] = counter.get_total_flops() / 1e9
@@ -299,9 +307,8 @@ def feed(device: torch.device, precision: str, dataset_dir: Path) -> list[Row]:
         break
     seconds = seconds_of(lambda: [None for _ in loader], device)
     keep_freed_memory()
-    step = _training_step(
-        SkipDenseSeg().to(device), MixedPrecisionInferer(SimpleInferer(), precision), batch_size, device
-    )
+    tuned = MixedPrecisionInferer(SimpleInferer(), precision)
+    step = _training_step(SkipDenseSeg().to(device), tuned, batch_size, device, MuonAdamW)
     batches = iter(loader)
     waits, computing = [], []
     for _ in range(min(6, steps)):

@@ -168,8 +168,8 @@ def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterr
     [
         ({"epochs": 5}, "its training began with epochs 3, not 5"),
         ({"crops_per_epoch": 4}, "its training began with steps per epoch 2, not 4"),
-        ({"optimizer#_target_": "torch.optim.Adam"}, "its training began with optimizer AdamW, not Adam"),
-        ({"learning_rate": 0.1}, "its training began with learning_rate 0.003, not 0.1"),
+        ({"optimizer#_target_": "torch.optim.Adam"}, "its training began with optimizer MuonAdamW, not Adam"),
+        ({"learning_rate": 0.1}, "its training began with learning_rate 0.006, not 0.1"),
         ({"network_def#growth_rate": 8}, "a checkpoint of another network"),
     ],
 )
