@@ -75,6 +75,7 @@ CONTENTS = (
     "scripts/inferers.py",
     "scripts/metrics.py",
     "scripts/network.py",
+    "scripts/optimizer.py",
     "scripts/package.py",
     "scripts/phantom.py",
     "scripts/probabilities.py",
