@@ -131,7 +131,7 @@ def _training_step(
     inferer: Inferer,
     batch_size: int,
     device: torch.device,
-    optimizer_type: type[torch.optim.Optimizer] = torch.optim.AdamW,
+    optimizer_type: type[torch.optim.Optimizer],
 ) -> Callable[[], None]:
     optimizer = optimizer_type(network.parameters())
     image = torch.randn(batch_size, 2, PATCH, PATCH, PATCH, device=device)
@@ -157,11 +157,13 @@ def training_steps(device: torch.device, precision: str, rounds: int, ceiling: f
             network.to(device)
             optimizer_type = MuonAdamW if isinstance(network, SkipDenseSeg) else torch.optim.AdamW
             ways[name] = (keep_freed_memory, _training_step(network, tuned, batch_size, device, optimizer_type))
+            ways[name][1]()
+            without_optimizer = _training_step(network, tuned, batch_size, device, torch.optim.SGD)
             with FlopCounterMode(display=False) as counter:
-                ways[name][1]()
+                without_optimizer()
             gigaflops[name] = counter.get_total_flops() / 1e9
             if isinstance(network, SkipDenseSeg):
-                step = _training_step(network, plain, batch_size, device)
+                step = _training_step(network, plain, batch_size, device, optimizer_type)
                 step()
                 ways[f"{name}, plain eager float32"] = (default_allocator, step)
         medians = interleaved_medians(ways, rounds, device, f"training steps, batch {batch_size}")

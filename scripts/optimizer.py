@@ -1,9 +1,10 @@
-"""The optimiser of training: Muon for convolutions, AdamW for all else."""
+"""The optimiser of training: Muon for weights of convolutions, AdamW for what batch norms and biases have."""
 
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.optim.adamw import adamw
 
 # coefficients of the quintic iteration, and how often it is applied, as published
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
@@ -13,7 +14,9 @@ STEP_SIZE = 0.2
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix of the same singular vectors whose singular values are all near 1 (0.7 to 1.2), by Newton-Schulz.
+    """A matrix of the same singular vectors whose singular values are near 1, by iteration of Newton and Schulz.
+
+    Those above a hundredth of the matrix's norm come to 0.6 to 1.2; far smaller ones stay small.
 
     Shapes: (rows, columns) -> (rows, columns).
     """
@@ -27,8 +30,9 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for weights of convolutions, as matrices of their first axis by the others, and AdamW for vectors.
+    """Muon for parameters of two axes and more, as matrices of their first axis by the others; AdamW for vectors.
 
+    So all weights of convolutions move by Muon, and what belongs to batch norms, and biases, by AdamW.
     torch.optim.Muon takes nothing but matrices. A step of a matrix has about the size that it has by AdamW, so one
     learning rate serves both.
 
@@ -46,8 +50,6 @@ class MuonAdamW(torch.optim.Optimizer):
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 1e-2
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
-        vectors = [{"params": [each for each in group["params"] if each.ndim < 2]} for group in self.param_groups]
-        self._adamw = torch.optim.AdamW(vectors)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -56,16 +58,14 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group, vectors in zip(self.param_groups, self._adamw.param_groups, strict=True):
-            vectors.update({name: group[name] for name in ("lr", "betas", "weight_decay")})
-            for parameter in group["params"]:
-                if parameter.ndim > 1 and parameter.grad is not None:
-                    self._orthogonal_step(parameter, **group)
-        self._adamw.state = self.state  # one, so that it is saved and loaded whole
-        self._adamw.step()
+        for group in self.param_groups:
+            trained = [parameter for parameter in group["params"] if parameter.grad is not None]
+            for matrix in (parameter for parameter in trained if parameter.ndim > 1):
+                self._step_of_matrix(matrix, **group)
+            self._step_of_vectors([parameter for parameter in trained if parameter.ndim < 2], **group)
         return loss
 
-    def _orthogonal_step(
+    def _step_of_matrix(
         self, weight: torch.Tensor, lr: float, betas: tuple[float, float], weight_decay: float, **_: Any
     ) -> None:
         momentum, state = betas[0], self.state[weight]
@@ -76,3 +76,17 @@ class MuonAdamW(torch.optim.Optimizer):
         step = orthogonalised(ahead.flatten(1))
         weight.mul_(1 - lr * weight_decay)
         weight.add_(step.reshape(weight.shape), alpha=-lr * STEP_SIZE * max(step.shape) ** 0.5)
+
+    def _step_of_vectors(
+        self, vectors: list[torch.Tensor], lr: float, betas: tuple[float, float], weight_decay: float, **_: Any
+    ) -> None:
+        for vector in vectors:
+            if not self.state[vector]:
+                zeros = {name: torch.zeros_like(vector) for name in ("average", "average_of_squares")}
+                self.state[vector] |= {"step": torch.tensor(0.0)} | zeros
+        states = [self.state[vector] for vector in vectors]
+        averages, squares, steps = ([s[name] for s in states] for name in ("average", "average_of_squares", "step"))
+        adamw(
+            vectors, [vector.grad for vector in vectors], averages, squares, [], steps, amsgrad=False, beta1=betas[0],
+            beta2=betas[1], lr=lr, weight_decay=weight_decay, eps=1e-8, maximize=False,
+        )  # fmt: skip

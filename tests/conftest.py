@@ -36,7 +36,6 @@ matplotlib.use("Agg")
 ROOT = Path(__file__).parents[1]
 # a training of seconds on the small dataset
 QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--batch_size", "1"]
-QUICK += ["--patch_size", "[32,32,32]"]
 
 
 # Starts command lines in processes that are forked from one that has imported what they import, so that each is spared

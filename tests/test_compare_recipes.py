@@ -2,6 +2,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, save_subject
 from monai.bundle import ConfigParser
 from test_tracking import tensorboard_log
@@ -22,6 +23,17 @@ def test_recipe_changes_what_is_there(name):
     assert not any(unknown_setting(setting, config) for setting in recipe)
     # what is the default's wouldn't be a comparison
     assert all(config.get(setting, None) != value for setting, value in recipe.items())
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_network_of_a_recipe_takes_its_patches(name):
+    recipe = dict(RECIPES[name])
+    files = ["train.json", *recipe.pop("overlays", ())]
+    config = ConfigParser(ConfigParser.load_config_files([str(ROOT / "configs" / file) for file in files]))
+    config.update(recipe)
+    network, sides = (config.get_parsed_content(setting) for setting in ("network_def", "patch_size"))
+    with torch.inference_mode():
+        assert network.eval()(torch.zeros(1, 2, *sides)).shape == (1, 4, *sides)
 
 
 def test_places_of_transforms_that_recipes_change():

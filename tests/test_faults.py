@@ -309,7 +309,7 @@ module.{name} = interrupted
 @pytest.mark.parametrize(
     ("command", "module", "name", "call", "seconds"),
     [
-        slow("training", "torch", "optim.AdamW.step", 4, 30),
+        slow("training", "scripts.optimizer", "MuonAdamW.step", 4, 30),
         ("training", "scripts.inferers", "LargestWindowInferer.__call__", 2, 30),
         slow("segmenting", "scripts.inferers", "LargestWindowInferer.__call__", 3, 30),
         ("segmenting", "scripts.transforms", "LoadSubjectd.__call__", 3, 1),  # in the thread that reads

@@ -22,7 +22,8 @@ SETTINGS["synthetic_share"] = 0.5  # some patches are drawn, some are cut from t
 # in the midst of epoch 3
 KILLED = """
 import os, runpy, signal, sys, torch
-moment, save, step = sys.argv.pop(1), torch.save, torch.optim.AdamW.step
+from scripts.optimizer import MuonAdamW
+moment, save, step = sys.argv.pop(1), torch.save, MuonAdamW.step
 steps = []
 
 def kill():
@@ -39,7 +40,7 @@ def step_or_die(self, *args, **kwargs):
     if moment == "computing" and len(steps) == 5:
         kill()
 
-torch.save, torch.optim.AdamW.step = save_half, step_or_die
+torch.save, MuonAdamW.step = save_half, step_or_die
 runpy.run_module("monai.bundle", run_name="__main__", alter_sys=True)
 """
 
