@@ -15,13 +15,14 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.errors import InputError
 
-SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2, "patch_size": [32, 32, 32]}
+SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2}
 SETTINGS["batch_size"] = 1
 SETTINGS["synthetic_share"] = 0.5  # some patches are drawn, some are cut from the scan
 # runs the bundle's command line, but ends the process without warning: while the state after epoch 2 is written, or
 # in the midst of epoch 3
 KILLED = """
 import os, runpy, signal, sys, torch
+sys.path.insert(0, os.getcwd())
 from scripts.optimizer import MuonAdamW
 moment, save, step = sys.argv.pop(1), torch.save, MuonAdamW.step
 steps = []
