@@ -23,7 +23,7 @@ def test_singular_values_near_one_of_the_same_singular_vectors(shape):
     turned = left.T @ orthogonalised(matrix) @ right.T
     large = values > 0.05 * values[0]
     assert turned.diagonal()[large].min() > 0.6
-    assert turned.diagonal().max() < 1.3
+    assert turned.diagonal().max() < 1.2
     assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-3
 
 
@@ -97,13 +97,6 @@ def test_a_schedule_moves_the_momentum_and_the_rate_of_convolutions():
             schedule.step()
     for weight, expected in zip(weights, by_hand, strict=True):
         assert torch.allclose(weight, expected, atol=1e-6)
-
-
-def test_gradients_stay():
-    made = network()
-    before = [parameter.grad.clone() for parameter in made.parameters()]
-    MuonAdamW(made.parameters(), lr=0.01).step()
-    assert all(torch.equal(parameter.grad, old) for parameter, old in zip(made.parameters(), before, strict=True))
 
 
 def test_copy_and_further_parameters_are_trained():
