@@ -62,7 +62,8 @@ def cross_validate(
 
     Args:
         dataset_dir: the folder of subjects.
-        output_dir: where the folds go; folds.json in it says who is in which and with which settings they run.
+        output_dir: where the folds go; folds.json in it says who is in which, and with which settings and configs they
+            run.
         folds: how many, to which the subjects are dealt in the order of their ids, or leave-one-out.
         fold: the number of the only one to run, so that several machines can share the work; all by default.
         config_file: one or several configs that are laid over configs/train.json.
@@ -73,7 +74,8 @@ def cross_validate(
             other folds or something else, or training or evaluating a fold fails.
     """
     overlays = [str(Path(path).resolve()) for path in ensure_tuple(config_file)]
-    commands = _commands(overlays, settings)
+    config_files = _config_files(overlays)
+    commands = _commands(config_files, settings)
     labeled = training_subjects(dataset_dir, ())
     require_subjects(labeled, dataset_dir, "train")
     for subject in labeled:
@@ -87,6 +89,8 @@ def cross_validate(
         "config_files": overlays,
         "settings": settings,
         "folds": deal([subject["subject"] for subject in labeled], folds),
+        # or folds of two recipes would be gathered where a config, or the bundle's version, changed between two runs
+        "configs": {task: ConfigParser.load_config_files(files) for task, files in config_files.items()},
     }
     if fold is not None and str(fold) not in plan["folds"]:
         raise InputError(f"--fold {fold}: must be one of 1 to {len(plan['folds'])}")
@@ -116,17 +120,25 @@ def _options(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}={value!r}" for name, value in settings.items()]
 
 
-def _commands(overlays: list[str], settings: dict[str, Any]) -> dict[str, list[str]]:
-    """The arguments of Python for training and for evaluating, each with those settings that its configs have.
+def _config_files(overlays: list[str]) -> dict[str, list[str]]:
+    """The configs of training and of evaluating.
 
     Raises:
-        InputError: an overlay isn't there, a setting is known to neither or is one of OF_A_FOLD.
+        InputError: an overlay isn't there.
     """
     for path in overlays:
         if not Path(path).is_file():
             raise InputError(f"{path}: no such file; name the configs to lay over train.json by --config_file")
     train, evaluate = (str(ROOT / "configs" / f"{name}.json") for name in ("train", "evaluate"))
-    config_files = {"training": [train, *overlays], "evaluating": [train, *overlays, evaluate]}
+    return {"training": [train, *overlays], "evaluating": [train, *overlays, evaluate]}
+
+
+def _commands(config_files: dict[str, list[str]], settings: dict[str, Any]) -> dict[str, list[str]]:
+    """The arguments of Python for training and for evaluating, each with those settings that its configs have.
+
+    Raises:
+        InputError: a setting is known to neither or is one of OF_A_FOLD.
+    """
     configs = {task: ConfigParser(ConfigParser.load_config_files(files)) for task, files in config_files.items()}
     own_options = inspect.signature(cross_validate).parameters
     known: dict[str, list[str]] = {}
@@ -160,7 +172,7 @@ def _write_plan(output_dir: Path, plan: dict[str, Any]) -> None:
         if differing:
             raise InputError(
                 f"{path}: is of a cross-validation with other {', '.join(differing)}; "
-                f"give the options of then, or choose another --output_dir"
+                f"give the options of then with the configs of then, or choose another --output_dir"
             )
         return
     for other in [*output_dir.glob("fold-*"), *output_dir.glob("metrics.*")]:

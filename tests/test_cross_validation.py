@@ -184,6 +184,19 @@ def test_another_plan_in_the_same_folder(dataset, own_dataset, runs, tmp_path):
     assert (tmp_path / "cv" / "folds.json").read_text() == plan
 
 
+def test_config_that_changed_since_the_first_fold(dataset, runs, tmp_path):
+    overlay = tmp_path / "own.json"
+    overlay.write_text('{"learning_rate": 0.1}')
+    cross_validate(str(dataset), str(tmp_path / "cv"), 3, fold=1, config_file=str(overlay))
+    overlay.write_text('{"learning_rate": 0.2}')
+    with pytest.raises(InputError, match=r"folds.json: is of a cross-validation with other configs;"):
+        cross_validate(str(dataset), str(tmp_path / "cv"), 3, config_file=str(overlay))
+    assert len(runs.commands) == 2
+    overlay.write_text('{"learning_rate": 0.1}')
+    cross_validate(str(dataset), str(tmp_path / "cv"), 3, config_file=str(overlay))
+    assert len(runs.commands) == 6
+
+
 @pytest.mark.parametrize("there", ["metrics.csv", "fold-1/model.pt"])
 def test_results_of_something_else_are_left_alone(dataset, runs, tmp_path, there):
     path = tmp_path / there

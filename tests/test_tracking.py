@@ -257,7 +257,9 @@ def test_killed_training_goes_on_in_its_run(tracked, killed, dataset):
         assert [step for step, _ in metrics[name]] == [1, 2, 3, 4, 5, 6], name
     means = np.reshape([loss for _, loss in metrics["train_step_loss"]], (3, 2)).mean(axis=1)
     np.testing.assert_allclose([loss for _, loss in metrics["train_loss"]], means, rtol=1e-5)
-    given = {"epochs": "3", "crops_per_epoch": "2", "patch_size": "[32, 32, 32]", "learning_rate": "0.003"}
+    config = json.loads((ROOT / "configs/train.json").read_text())
+    given = {"epochs": "3", "crops_per_epoch": "2"}
+    given |= {name: str(config[name]) for name in ("patch_size", "learning_rate")}
     assert given.items() <= whole["parameters"].items()
     assert whole["files"] == ["images", "model.pt"]
     artifacts = Path(whole["artifacts"])
