@@ -25,6 +25,8 @@ def load(name: str) -> dict:
 
 def test_what_stands_in_train_and_inference_is_the_same():
     train, inference = load("train"), load("inference")
+    # dropout is that of `--uncertainty dropout` there, for networks trained with it or without
+    assert (train["network_def"].pop("dropout_prob"), inference["network_def"].pop("dropout_prob")) == (0, 0.2)
     for name in set(train) & set(inference) - {"run", "initialize", "run_name", "network"}:
         assert inference[name] == train[name], name
     assert inference["network"] == "$@network_def.to(@device)"
