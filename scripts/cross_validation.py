@@ -75,7 +75,8 @@ def cross_validate(
     """
     overlays = [str(Path(path).resolve()) for path in ensure_tuple(config_file)]
     config_files = _config_files(overlays)
-    commands = _commands(config_files, settings)
+    configs = {task: ConfigParser.load_config_files(files) for task, files in config_files.items()}
+    commands = _commands(config_files, configs, settings)
     labeled = training_subjects(dataset_dir, ())
     require_subjects(labeled, dataset_dir, "train")
     for subject in labeled:
@@ -90,7 +91,7 @@ def cross_validate(
         "settings": settings,
         "folds": deal([subject["subject"] for subject in labeled], folds),
         # or folds of two recipes would be gathered where a config, or the bundle's version, changed between two runs
-        "configs": {task: ConfigParser.load_config_files(files) for task, files in config_files.items()},
+        "configs": configs,
     }
     if fold is not None and str(fold) not in plan["folds"]:
         raise InputError(f"--fold {fold}: must be one of 1 to {len(plan['folds'])}")
@@ -133,19 +134,21 @@ def _config_files(overlays: list[str]) -> dict[str, list[str]]:
     return {"training": [train, *overlays], "evaluating": [train, *overlays, evaluate]}
 
 
-def _commands(config_files: dict[str, list[str]], settings: dict[str, Any]) -> dict[str, list[str]]:
+def _commands(
+    config_files: dict[str, list[str]], configs: dict[str, dict[str, Any]], settings: dict[str, Any]
+) -> dict[str, list[str]]:
     """The arguments of Python for training and for evaluating, each with those settings that its configs have.
 
     Raises:
         InputError: a setting is known to neither or is one of OF_A_FOLD.
     """
-    configs = {task: ConfigParser(ConfigParser.load_config_files(files)) for task, files in config_files.items()}
+    parsers = {task: ConfigParser(config) for task, config in configs.items()}
     own_options = inspect.signature(cross_validate).parameters
     known: dict[str, list[str]] = {}
     for name in settings:
         if name in OF_A_FOLD:
             raise InputError(f"--{name}: is set by cross_validate for each fold; leave it out")
-        hints = {task: unknown_setting(name, config, own_options) for task, config in configs.items()}
+        hints = {task: unknown_setting(name, config, own_options) for task, config in parsers.items()}
         known[name] = [task for task, hint in hints.items() if hint is None]
         if not known[name]:
             raise InputError(f"--{name}: no such setting; {hints['evaluating']}")

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import QUICK, ROOT, bundle, last_line
+from monai.bundle import ConfigParser
 
 from scripts import cross_validation
 from scripts.cross_validation import cross_validate, deal, gather_folds, score_report
@@ -188,6 +189,10 @@ def test_config_that_changed_since_the_first_fold(dataset, runs, tmp_path):
     overlay = tmp_path / "own.json"
     overlay.write_text('{"learning_rate": 0.1}')
     cross_validate(str(dataset), str(tmp_path / "cv"), 3, fold=1, config_file=str(overlay))
+    noted = json.loads((tmp_path / "cv" / "folds.json").read_text())["configs"]
+    files = [str(ROOT / "configs" / "train.json"), str(overlay), str(ROOT / "configs" / "evaluate.json")]
+    assert noted["training"] == ConfigParser.load_config_files(files[:2])
+    assert noted["evaluating"] == ConfigParser.load_config_files(files)
     overlay.write_text('{"learning_rate": 0.2}')
     with pytest.raises(InputError, match=r"folds.json: is of a cross-validation with other configs;"):
         cross_validate(str(dataset), str(tmp_path / "cv"), 3, config_file=str(overlay))
