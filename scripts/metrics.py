@@ -62,7 +62,8 @@ def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[
 def tissue_volumes(prediction: MetaTensor) -> dict[str, float]:
     """Volume of each tissue and of the brain (their sum) in ml, from labels 0 to 3 with an affine in mm."""
     voxel = abs(float(torch.linalg.det(prediction.affine[:3, :3]))) / 1000
-    volumes = {tissue.name.lower(): int((prediction == tissue).sum()) * voxel for tissue in Tissue}
+    voxels = torch.bincount(prediction.as_tensor().flatten(), minlength=len(Tissue) + 1).tolist()
+    volumes = {tissue.name.lower(): voxels[tissue] * voxel for tissue in Tissue}
     return {f"{name}_ml": round(ml, 3) for name, ml in (volumes | {"brain": sum(volumes.values())}).items()}
 
 

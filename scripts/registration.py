@@ -19,21 +19,22 @@ SAME = 1e-3
 
 
 def has_values(t1: np.ndarray, t2: np.ndarray) -> np.ndarray:
-    """Where T2 shows anything: its value isn't the median outside the brain, nor 0 in a scan with none below.
+    """Where in the brain T2 shows anything: its value isn't the median outside, nor 0 in a scan with none below.
 
     Args:
         t1: (X, Y, Z), above 0 in the brain and there alone.
         t2: (X, Y, Z), stripped or not.
 
     Returns:
-        A boolean (X, Y, Z).
+        A boolean for each value of `t2[t1 > 0]`.
     """
-    in_brain = t2[t1 > 0]
+    brain = t1 > 0
+    in_brain = t2[brain]
     tolerance = SAME * float(in_brain.std())
-    outside = t2[t1 <= 0][::16]  # which is enough
-    shown = np.abs(t2 - np.median(outside)) > tolerance if outside.size else np.ones(t2.shape, bool)
+    outside = t2[~brain][::16]  # which is enough
+    shown = np.abs(in_brain - np.median(outside)) > tolerance if outside.size else np.ones(in_brain.shape, bool)
     if np.count_nonzero(in_brain < -tolerance) <= LARGEST_NEGATIVE_SHARE * in_brain.size:
-        shown &= np.abs(t2) > tolerance
+        shown &= np.abs(in_brain) > tolerance
     return shown
 
 
@@ -51,8 +52,11 @@ def not_registered(t1: np.ndarray, t2: np.ndarray, sizes: np.ndarray) -> str | N
     Returns:
         None also where there are too few voxels to tell.
     """
-    box = find_objects((t1 > 0).view(np.uint8))[0]
-    t1, t2, shown = t1[box], t2[box], has_values(t1, t2)[box]
+    brain = t1 > 0
+    shown = brain.copy()
+    shown[brain] = has_values(t1, t2)
+    box = find_objects(brain.view(np.uint8))[0]
+    t1, t2, shown = t1[box], t2[box], shown[box]
     steps = np.maximum(1, np.round(STEP / np.asarray(sizes))).astype(int)
     if (np.array(t1.shape) <= 4 * steps).any():
         return None

@@ -69,14 +69,14 @@ def not_skull_stripped(t1: np.ndarray, voxel_ml: float) -> str | None:
     volume = np.count_nonzero(t1 > 0) * voxel_ml
     if volume > LARGEST_USUAL_BRAIN:
         return f"T1 is above 0 in {volume:.0f} ml, and a brain at 6 months has up to {LARGEST_USUAL_BRAIN:.0f}"
-    faces = [face for axis in range(3) for face in (t1.take(0, axis), t1.take(-1, axis))]
+    faces = [np.moveaxis(t1, axis, 0)[[0, -1]] for axis in range(3)]
     share = sum(np.count_nonzero(face > 0) for face in faces) / sum(face.size for face in faces)
     return f"T1 is above 0 on {share:.0%} of the faces of its volume" if share > LARGEST_SHARE_OF_FACES else None
 
 
 def t2_missing(t1: np.ndarray, t2: np.ndarray) -> str | None:
     """Warning of a T2 (X, Y, Z) that shows nothing where T1 is above 0."""
-    share = np.count_nonzero(~has_values(t1, t2)[t1 > 0]) / np.count_nonzero(t1 > 0)
+    share = np.mean(~has_values(t1, t2))
     return f"T2 shows nothing in {share:.0%} of the brain" if share > LARGEST_WITHOUT_T2 else None
 
 

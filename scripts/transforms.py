@@ -225,7 +225,7 @@ def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, 
         t1_path = image
         volumes, affine = read_volumes(image)
         if len(volumes) == 2:
-            return np.stack(volumes), affine, t1_path, t1_path
+            return _by_channel(*volumes), affine, t1_path, t1_path
         if len(volumes) != 1:
             raise InputError(f"{image}: holds {len(volumes)} volumes, not two; give T1 and T2, in this order")
         t1, t2_path = volumes[0], t2_beside(image)
@@ -234,7 +234,12 @@ def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, 
         t1, affine = read_volume(t1_path)
     t2, t2_affine = read_volume(t2_path)
     require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
-    return np.stack([t1, t2]), affine, t1_path, t2_path
+    return _by_channel(t1, t2), affine, t1_path, t2_path
+
+
+def _by_channel(t1: np.ndarray, t2: np.ndarray) -> np.ndarray:
+    """T1 and T2 in one array in the order of C: in that of the disk, all that selects voxels takes 4 to 9 times as long."""
+    return np.stack([t1, t2], out=np.empty((2, *t1.shape), np.float32))
 
 
 def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
@@ -321,7 +326,7 @@ def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, path: str) -> None:
         t2: likewise, stripped or not.
         path: of T2, for the message.
     """
-    missing = np.count_nonzero(~has_values(t1, t2)[t1 > 0]) / np.count_nonzero(t1 > 0)
+    missing = np.mean(~has_values(t1, t2))
     if missing > LARGEST_SHARE_WITHOUT_T2:
         raise InputError(
             f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and give both one mask"
@@ -446,7 +451,8 @@ class LoadSubjectd(Transform):
                 label = tissue_labels(values, data["label"])
         require_brain_only(image[0], affine, t1_path)
         # before resampling, which blurs the edge of a mask
-        _require_contrast(np.ptp(image[:, image[0] > 0], axis=1), t1_path)
+        brain = image[0] > 0
+        _require_contrast([np.ptp(channel[brain]) for channel in image], t1_path)
         if np.array_equal(*image):
             raise InputError(f"{t1_path}: T1 and T2 of this subject are the same scan; give the T2 itself")
         require_t2_of_brain(*image, t2_path)

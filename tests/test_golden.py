@@ -1,6 +1,6 @@
 """The weights included label a phantom as they did when they were made, whatever else has changed since.
 
-After new weights `PYTHONPATH=. python tests/test_golden.py` makes the label anew.
+After new weights, or where the box of a scan changes, `PYTHONPATH=. python tests/test_golden.py` makes the label anew.
 """
 
 import tempfile

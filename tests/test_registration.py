@@ -84,10 +84,9 @@ def test_where_t2_shows_something():
     t1[5:15, 5:15, 5:15] = 1
     t2 = np.where(t1, -7.5, 3)
     t2[5] = 3
-    shown = has_values(t1, t2)
+    shown = has_values(t1, t2).reshape(10, 10, 10)
     assert shown.sum() == 900
-    assert not shown[5].any()
-    assert not shown[:5].any()
+    assert not shown[0].any()
 
 
 @pytest.mark.parametrize("head", [False, True])
@@ -96,8 +95,8 @@ def test_t2_that_is_cut_off(scans, head, ringing):
     t1, t2 = scans
     t2 = (with_head(t2) if head else t2) + RNG.normal(0, 1, t2.shape) * ringing
     brain = t1 > 0
-    assert has_values(t1, t2)[brain].mean() > 0.999
+    assert has_values(t1, t2).mean() > 0.999
     t2[..., :40] = RNG.normal(0, 1, t2[..., :40].shape) * ringing
     cut = np.count_nonzero(brain[..., :40]) / np.count_nonzero(brain)
     assert cut > 0.2
-    assert 1 - has_values(t1, t2)[brain].mean() == pytest.approx(cut, abs=0.001)
+    assert 1 - has_values(t1, t2).mean() == pytest.approx(cut, abs=0.001)

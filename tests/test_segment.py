@@ -15,7 +15,9 @@ from conftest import ROOT, save_subject
 from monai.bundle import ConfigWorkflow
 
 from scripts.errors import InputError
+from scripts.phantom import label_map
 from scripts.segment import Segmentation, Segmenter, segment
+from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import Tissue
 from scripts.writers import read_csv
 
@@ -120,6 +122,21 @@ def test_settings_are_those_of_the_config(segmented, paths, tmp_path):
     shutil.copy(ROOT / "models" / "model.pt", tmp_path)
     assert same(segment(*paths, ckpt_dir=str(tmp_path), device="cpu", **SMALL), segmented)
     assert segment(*paths, uncertainty="network", **SMALL).uncertainty.shape == segmented.label.shape
+
+
+@pytest.mark.slow
+def test_little_around_the_brain_is_enough():
+    rng = np.random.default_rng(4)
+    truth = label_map(rng)
+    scans = [nib.Nifti1Image(six_month_image(truth, c, rng), LAS) for c in (T1_CONTRAST, T2_CONTRAST)]
+    usual, wide = (Segmenter(**settings)(*scans).label for settings in ({}, {"foreground_margin": 16}))
+    assert np.mean((usual == wide)[truth > 0]) >= 0.995
+    dice = [
+        np.mean([2 * np.sum((label == t) & (truth == t)) / (np.sum(label == t) + np.sum(truth == t)) for t in Tissue])
+        for label in (usual, wide)
+    ]
+    assert dice[0] == pytest.approx(dice[1], abs=0.002)
+    assert dice[0] > 0.8
 
 
 def test_the_process_is_left_as_it_was(paths, capfd, caplog, monkeypatch, tmp_path):
