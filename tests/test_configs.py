@@ -28,7 +28,7 @@ def test_what_stands_in_train_and_inference_is_the_same():
     # dropout is that of `--uncertainty dropout` there, for networks trained with it or without
     assert (train["network_def"].pop("dropout_prob"), inference["network_def"].pop("dropout_prob")) == (0, 0.2)
     # a segmentation with less around the brain is as right and takes less time; trainings were compared with 16
-    assert (train["foreground_margin"], inference["foreground_margin"]) == (16, 4)
+    assert (train["foreground_margin"], inference["foreground_margin"]) == (16, 2)
     for name in set(train) & set(inference) - {"run", "initialize", "run_name", "network", "foreground_margin"}:
         assert inference[name] == train[name], name
     assert inference["network"] == "$@network_def.to(@device)"

@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 
-MARGIN, MULTIPLE = 4, 16  # voxels: around the brain, and what sides must be multiples of
+MARGIN, MULTIPLE = 2, 16  # voxels: around the brain, and what sides must be multiples of
 
 model_path, t1_path, t2_path, label_path = sys.argv[1:]
 t1, t2 = (nib.squeeze_image(nib.load(path)) for path in (t1_path, t2_path))
