@@ -123,6 +123,9 @@ def test_one_file_of_t1_and_t2(tmp_path, axes):
     for key in ("image", "t1", "t2"):
         np.testing.assert_array_equal(loaded[key], pair[key])
         np.testing.assert_array_equal(loaded[key].affine, pair[key].affine)
+        # files aren't, and then all that selects voxels is slow
+        assert loaded[key].is_contiguous()
+        assert pair[key].is_contiguous()
     assert loaded["t1"].meta["filename_or_obj"] == str(tmp_path / "both.nii.gz")
 
 
