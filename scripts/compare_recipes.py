@@ -120,7 +120,7 @@ def _timed(
     options = json.loads(json.dumps({"minutes": minutes, **of_all}))
     noted = json.loads(path.read_text()) if path.is_file() else {"options": options, "recipes": {}}
     for name, recipe in recipes.items():
-        definition = ConfigParser.load_config_files(_config_files(recipe)) | _overrides(recipe)
+        definition = ConfigParser.load_config_files(_config_files(recipe, "evaluate.json")) | _overrides(recipe)
         before = noted["recipes"].get(name, {"definition": definition})
         if noted["options"] != options or before["definition"] != definition:
             raise InputError(f"{path}: is of a comparison with other settings; choose another --output_dir")

@@ -60,7 +60,7 @@ def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[
 
 
 def tissue_volumes(prediction: MetaTensor) -> dict[str, float]:
-    """Volume of each tissue and of the brain (their sum) in ml, from labels 0 to 3 with an affine in mm."""
+    """Volume of each tissue and of the brain (their sum) in ml, from integer labels 0 to 3 with an affine in mm."""
     voxel = abs(float(torch.linalg.det(prediction.affine[:3, :3]))) / 1000
     voxels = torch.bincount(prediction.as_tensor().flatten(), minlength=len(Tissue) + 1).tolist()
     volumes = {tissue.name.lower(): voxels[tissue] * voxel for tissue in Tissue}

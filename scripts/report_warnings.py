@@ -25,7 +25,7 @@ LARGEST_BACKGROUND = 0.05
 # share of the brain that may be without T2: on iSeg's scans T1 and T2 differ by a voxel here and there
 LARGEST_WITHOUT_T2 = 0.01
 # mm by which a voxel may differ from those of 1 mm that networks are trained on: synthetic scans that were interpolated
-# to 0.8 and 1.5 mm lost 9 and 22 % of Dice, see docs/README.md
+# to 0.8 and 1.5 mm lost 5 and 7 points of Dice in percent, see docs/README.md
 LARGEST_DIFFERENCE_OF_VOXEL = 0.15
 # difference of the two sides of a tissue as a share of their sum: hemispheres differ by a few percent, each millimetre
 # by which the middle of the box misses that of the brain adds two or three, and phantoms come to 0.12

@@ -1,4 +1,4 @@
-"""The weights included label a phantom as they did when they were made, whatever else has changed since.
+"""The weights included label a phantom as they did when its label was made, whatever else has changed since.
 
 After new weights, or where the box of a scan changes, `PYTHONPATH=. python tests/test_golden.py` makes the label anew.
 """

@@ -125,17 +125,20 @@ def test_settings_are_those_of_the_config(segmented, paths, tmp_path):
 
 
 @pytest.mark.slow
-def test_little_around_the_brain_is_enough():
+@pytest.mark.parametrize("around", [16, 5])  # voxels to the faces of the scan, in which the wider box then ends
+def test_little_around_the_brain_is_enough(around):
     rng = np.random.default_rng(4)
     truth = label_map(rng)
-    scans = [nib.Nifti1Image(six_month_image(truth, c, rng), LAS) for c in (T1_CONTRAST, T2_CONTRAST)]
+    box = tuple(slice(places.min() - around, places.max() + 1 + around) for places in np.nonzero(truth))
+    scans = [nib.Nifti1Image(six_month_image(truth, c, rng)[box], LAS) for c in (T1_CONTRAST, T2_CONTRAST)]
     usual, wide = (Segmenter(**settings)(*scans).label for settings in ({}, {"foreground_margin": 16}))
-    assert np.mean((usual == wide)[truth > 0]) >= 0.995
-    dice = [
-        np.mean([2 * np.sum((label == t) & (truth == t)) / (np.sum(label == t) + np.sum(truth == t)) for t in Tissue])
-        for label in (usual, wide)
-    ]
-    assert dice[0] == pytest.approx(dice[1], abs=0.002)
+    # where the boxes begin a multiple of 4 voxels apart, only what is around the brain differs
+    assert np.mean((usual == wide)[truth[box] > 0]) >= (0.995 if around == 16 else 0.9)
+    dice = []
+    for label in (usual, wide):
+        pairs = [(label == tissue, truth[box] == tissue) for tissue in Tissue]
+        dice.append(np.mean([2 * np.sum(found & true) / (np.sum(found) + np.sum(true)) for found, true in pairs]))
+    assert dice[0] == pytest.approx(dice[1], abs=0.002 if around == 16 else 0.005)
     assert dice[0] > 0.8
 
 
