@@ -45,6 +45,8 @@ def transforms() -> SimpleNamespace:
         configs[name] = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / f"{name}.json"))
         configs[name].update({"bundle_root": str(ROOT)})
     train, inference = configs["train"], configs["inference"]
+    # one box for all, so that they can be compared
+    inference["foreground_margin"] = train["foreground_margin"]
     return SimpleNamespace(
         training=Compose(train.get_parsed_content("train#deterministic_transforms")),
         random=Compose(train.get_parsed_content("train#random_transforms")),
