@@ -1,10 +1,16 @@
 """A training that may be stopped at any moment and go on as if it hadn't been."""
 
 import hashlib
+import inspect
+import math
+import reprlib
+from collections.abc import Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
 import ignite.distributed as idist
+import numpy as np
 import torch
 from ignite.engine import Engine, Events
 from monai.data.utils import set_rnd
@@ -19,6 +25,49 @@ from scripts.weights import begins, load_weights
 from scripts.writers import whole_files
 
 
+def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:
+    """What an object is and was made with, in the plain types that a checkpoint may hold, so that two can be compared.
+
+    Args:
+        part: a network, a loss, transforms or a setting. Of an object its kind and its public attributes are told, and
+            so on for these; of an array its values, or its shape if they are many; of a function its name.
+        within: the objects whose attribute it is, by `id`; of one that leads back to itself only the kind is told.
+    """
+    if isinstance(part, torch.dtype | torch.device | np.dtype | Enum | slice):
+        return str(part)
+    if isinstance(part, torch.Tensor | np.ndarray | np.generic):
+        return part.tolist() if math.prod(part.shape) <= 16 else {"kind": type(part).__name__, "shape": [*part.shape]}
+    if part is None or isinstance(part, bool | int | float | str):
+        return part
+    if inspect.isroutine(part) or inspect.isclass(part):
+        return part.__qualname__
+    if isinstance(part, list | tuple):
+        return [made_with(value, (*within, id(part))) for value in part]
+    if isinstance(part, Mapping):
+        return {str(name): made_with(value, (*within, id(part))) for name, value in part.items()}
+    attributes = {} if id(part) in within else getattr(part, "__dict__", {})
+    # what else is private may change when it is used
+    kept = ("_modules", "_parameters", "_buffers") if isinstance(part, nn.Module) else ()
+    attributes = {name: value for name, value in attributes.items() if name in kept or not name.startswith("_")}
+    return {"kind": type(part).__name__} | made_with(attributes, (*within, id(part)))
+
+
+def first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
+    """Where two that differ, as `made_with` tells them, do so first: the path to it from `name`, and both values."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        if then.get("kind") != now.get("kind"):
+            return name, then.get("kind"), now.get("kind")
+        pairs = {key: (then[key], now[key]) for key in then if key in now} if then.keys() == now.keys() else {}
+    elif isinstance(then, list) and isinstance(now, list) and len(then) == len(now):
+        pairs = dict(enumerate(zip(then, now, strict=True)))
+    else:
+        pairs = {}
+    for key, (first, second) in pairs.items():
+        if first != second:
+            return first_difference(f"{name} {key}", first, second)
+    return name, then, now
+
+
 class ResumableTraining:
     """Handler that writes the state of a training after each epoch and, when asked, goes on from there.
 
@@ -30,7 +79,8 @@ class ResumableTraining:
             also a checkpoint that `load_weights` takes.
         resume: whether to go on from the file; where there is none, training starts at the first epoch.
         seed: for another training.
-        settings: what a training can't change on its way, by name; its epochs and their steps are seen to besides.
+        settings: what a training can't change on its way, by name: plain values, or what was made by settings, like the
+            loss, of which `made_with` tells. Its epochs, their steps and `parts` are seen to besides.
         best_path: the checkpoint of the best epoch.
         validator: the evaluator whose best metric is kept.
         model: the network.
@@ -56,7 +106,11 @@ class ResumableTraining:
         self.path = Path(path)
         self.resume = resume
         self.seed = seed
-        self.settings = settings
+        # before the first step changes anything; a schedule and an optimiser tell how they begin by their state
+        self.settings = {name: made_with(value) for name, value in settings.items()}
+        self.beginnings = {
+            name: {"kind": type(part).__name__, "state": made_with(part.state_dict())} for name, part in parts.items()
+        }
         self.best_path = Path(best_path)
         self.validator = validator
         self.model = model
@@ -120,8 +174,10 @@ class ResumableTraining:
                     f"go on with that version, or train anew without --resume"
                 )
             for name, now in self._settings(engine).items():
-                if (then := state["settings"][name]) != now:
-                    raise InputError(f"{self.path}: its training began with {name} {then}, not {now}; {remedy}")
+                if state["settings"][name] != now:
+                    where, *values = first_difference(name, state["settings"][name], now)
+                    then, now = map(reprlib.repr, values)
+                    raise InputError(f"{self.path}: its training began with {where} {then}, not {now}; {remedy}")
             for name, part in stateful.items():
                 part.load_state_dict(state[name])
             engine.state.epoch = progress["epoch"]
@@ -142,10 +198,9 @@ class ResumableTraining:
         return {"model": self.model, **self.parts, **scaler}
 
     def _settings(self, engine: Engine) -> dict[str, Any]:
-        # torch would load the state of one optimiser into another
-        kinds = {name: type(part).__name__ for name, part in self._stateful(engine).items()}
         steps = {"epochs": engine.state.max_epochs, "steps per epoch": engine.state.epoch_length}
-        return {**self.settings, **kinds, **steps}
+        # torch would load the state of one optimiser into another, and lose what was set of the second
+        return {**steps, **self.settings, **self.beginnings, "loss scaler": engine.scaler is not None}
 
     def _best_network(self) -> str | None:
         """SHA-256 of the best epoch's checkpoint; None where there is none."""

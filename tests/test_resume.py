@@ -6,14 +6,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUICK, ROOT, bundle, last_line, two_threads
 from ignite.engine import Events
-from monai.bundle import ConfigWorkflow
+from monai.bundle import ConfigParser, ConfigWorkflow
+from monai.data import MetaTensor
+from monai.transforms import Compose
 
 from scripts.errors import InputError
+from scripts.resume import made_with
 
 SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2}
 SETTINGS["batch_size"] = 1
@@ -170,9 +174,20 @@ def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterr
     [
         ({"epochs": 5}, "its training began with epochs 3, not 5"),
         ({"crops_per_epoch": 4}, "its training began with steps per epoch 2, not 4"),
-        ({"optimizer#_target_": "torch.optim.Adam"}, "its training began with optimizer MuonAdamW, not Adam"),
+        ({"optimizer#_target_": "torch.optim.Adam"}, "its training began with optimizer 'MuonAdamW', not 'Adam'"),
         ({"learning_rate": 0.1}, "its training began with learning_rate 0.006, not 0.1"),
         ({"network_def#growth_rate": 8}, "a checkpoint of another network"),
+        ({"network_def#dropout_prob": 0.1}, "its training began with network_def "),
+        ({"loss#include_background": True}, "its training began with loss _modules dice include_background False, "),
+        ({"optimizer#weight_decay": 0.5}, "optimizer state param_groups 0 weight_decay 0.01, not 0.5"),
+        ({"lr_scheduler#div_factor": 10}, "its training began with optimizer state param_groups 0 lr "),
+        ({"train#random_transforms#5#prob": 0.2}, "its training began with transforms transforms 13 prob 0.5, not 0.2"),
+        ({"foreground_margin": 2}, "its training began with foreground_margin 16, not 2"),
+        ({"precision": "bf16"}, "its training began with precision 'auto', not 'bf16'"),
+        ({"val_interval": 2}, "its training began with val_interval 1, not 2"),
+        ({"loss_scale": 128.0}, "its training began with loss_scale None, not 128.0"),
+        ({"window_size": [64, 64, 64]}, "its training began with window_size 'auto', not [64, 64, 64]"),
+        ({"val_subjects": [2]}, "its training began with subjects "),
     ],
 )
 def test_state_of_another_training(dataset, tmp_path, uninterrupted, settings, message):
@@ -184,6 +199,39 @@ def test_state_of_another_training(dataset, tmp_path, uninterrupted, settings, m
     assert message in str(caught.value.__cause__)
     assert (tmp_path / "last.pt").read_bytes() == state
     assert not (tmp_path / "model.pt").exists()
+
+
+def test_another_subject_among_those_that_train(dataset, tmp_path, uninterrupted):
+    shutil.copytree(dataset, tmp_path / "data")
+    for path in dataset.glob("subject-1-*"):
+        shutil.copy(path, tmp_path / "data" / path.name.replace("-1-", "-77-"))
+    shutil.copy(uninterrupted[0] / "last.pt", tmp_path)
+    with pytest.raises(RuntimeError) as caught:
+        train(tmp_path / "data", tmp_path, resume=True)
+    assert "its training began with subjects " in str(caught.value.__cause__)
+
+
+def test_same_settings_in_other_words(dataset, tmp_path, uninterrupted, capsys):
+    shutil.copytree(uninterrupted[0], tmp_path / "out")
+    assert train(dataset, tmp_path / "out", resume=True, val_subjects=["9"]) == {}
+    assert "goes on after epoch 3 of 3" in capsys.readouterr().out
+
+
+def test_what_an_object_was_made_with_is_the_same_before_and_after_it_is_used():
+    config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "train.json"))
+    steps = config.get_parsed_content("train#deterministic_transforms")
+    before = made_with(steps)
+    affine = torch.diag(torch.tensor([-1.0, 1.3, 1, 1]))
+    values = torch.rand(2, 40, 41, 42)
+    Compose(steps[2:])({"image": MetaTensor(values, affine), "label": MetaTensor(values[:1].round(), affine)})
+    assert made_with(steps) == before
+
+
+def test_object_that_leads_back_to_itself_is_told():
+    outer, inner = SimpleNamespace(side=3), SimpleNamespace(kept=torch.float32)
+    outer.inner, inner.outer = inner, outer
+    expected = {"kind": "SimpleNamespace", "kept": "torch.float32", "outer": {"kind": "SimpleNamespace"}}
+    assert made_with([outer, len]) == [{"kind": "SimpleNamespace", "side": 3, "inner": expected}, "len"]
 
 
 def test_state_of_a_version_that_did_not_have_a_setting(dataset, tmp_path, uninterrupted):
