@@ -13,7 +13,7 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError
-from scripts.metrics import TISSUES
+from scripts.metrics import TISSUES, mean_and_deviation
 from scripts.subjects import natural_order, require_subjects, training_subjects
 from scripts.workflow import unknown_setting
 from scripts.writers import markdown_table, read_csv, whole_files, write_csv
@@ -226,7 +226,8 @@ def score_report(rows: Sequence[Mapping[str, Any]]) -> str:
         rows: `subject` and the columns of `scripts.metrics.tissue_scores`, a row for each subject.
 
     Returns:
-        Markdown. The standard deviation is that of a sample, divided by n - 1; NaN for one subject.
+        Markdown. The standard deviation is that of a sample, divided by n - 1; NaN for one subject. Where a label
+        lacks a tissue, its subject doesn't count for that one.
     """
 
     def line(title: str, cells: Iterable[str], of: str = "Subject") -> dict[str, str]:
@@ -235,13 +236,11 @@ def score_report(rows: Sequence[Mapping[str, Any]]) -> str:
     def values(score: str) -> np.ndarray:
         return np.array([[float(row[f"{score}_{name}"]) for name in (*TISSUES, "mean")] for row in rows])
 
-    def mean_and_deviation(values: np.ndarray) -> list[str]:
-        with np.errstate(invalid="ignore"):  # a distance may be infinite, see `tissue_scores`
-            deviations = values.std(0, ddof=1) if len(values) > 1 else np.full(len(TITLES), np.nan)
-            return [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in zip(values.mean(0), deviations, strict=True)]
+    def summary(values: np.ndarray) -> list[str]:
+        return [f"{mean:.2f} ± {deviation:.2f}" for mean, deviation in zip(*mean_and_deviation(values), strict=True)]
 
     percent = 100 * values("dice")
     dice = [line(row["subject"], [f"{x:.2f}" for x in scores]) for row, scores in zip(rows, percent, strict=True)]
-    dice.append(line("mean ± std", mean_and_deviation(percent)))
-    distances = [line(score.upper(), mean_and_deviation(values(score)), of="Distance") for score in ("hd95", "asd")]
+    dice.append(line("mean ± std", summary(percent)))
+    distances = [line(score.upper(), summary(values(score)), of="Distance") for score in ("hd95", "asd")]
     return f"Dice in percent\n\n{markdown_table(dice)}\n\nDistances in mm, mean ± std\n\n{markdown_table(distances)}"

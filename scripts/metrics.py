@@ -1,5 +1,6 @@
 """Scores and volumes of each tissue, a row for each subject."""
 
+import warnings
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 from monai.engines import Evaluator
-from monai.metrics import compute_average_surface_distance, compute_dice, compute_hausdorff_distance
+from monai.metrics import compute_dice
+from monai.metrics.utils import get_edge_surface_distance
 from monai.networks import one_hot
 
 from scripts.distributed import gathered
 from scripts.errors import InputError
 from scripts.transforms import Tissue
-from scripts.writers import read_csv, segmented_subjects, whole_files, write_csv
+from scripts.writers import markdown_table, read_csv, segmented_subjects, whole_files, write_csv
 
 TISSUES = tuple(tissue.name.lower() for tissue in Tissue)
 
@@ -29,10 +31,10 @@ def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[
         spacing: voxel size in mm.
 
     Returns:
-        For each tissue and as mean of the three: `dice_` (0 to 1), and in mm `hd95_` and `hd_max_` (95th percentile
-        and maximum of the surface distances, the greater of both directions) and `asd_` (mean surface distance over
-        both directions). Surfaces are the outermost voxels of a tissue. NaN where the label lacks the tissue, and
-        an infinite distance where only the prediction lacks it.
+        For each tissue and as mean of those that the label has: `dice_` (0 to 1), and in mm `hd95_` and `hd_max_`
+        (95th percentile and maximum of the surface distances, the greater of both directions) and `asd_` (mean surface
+        distance over both directions). Surfaces are the outermost voxels of a tissue. NaN where the label lacks the
+        tissue, and an infinite distance where only the prediction lacks it.
     """
     # distances are taken within a box around both, which is smaller than the volume
     occupied = torch.nonzero((prediction[0] > 0) | (label[0] > 0))
@@ -41,22 +43,34 @@ def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[
         box = (slice(None), *(slice(a, b) for a, b in zip(low.tolist(), high.tolist(), strict=True)))
         prediction, label = prediction[box], label[box]
     pair = [one_hot(x[None].long(), num_classes=1 + len(Tissue)) for x in (prediction, label)]
-    scores = {
-        "dice": compute_dice(*pair, include_background=False),
-        "hd95": compute_hausdorff_distance(*pair, percentile=95, spacing=spacing),
-        "hd_max": compute_hausdorff_distance(*pair, spacing=spacing),
-        "asd": compute_average_surface_distance(*pair, symmetric=True, spacing=spacing),
-    }
-    found, there = (x[:, 1:].flatten(2).any(-1) for x in pair)
-    for name in ("hd95", "hd_max", "asd"):  # MONAI's are infinite in both cases, but for percentiles, which are NaN
-        scores[name][~found] = torch.inf
-        scores[name][~there] = torch.nan
+    scores: dict[str, list[float]] = {"dice": compute_dice(*pair, include_background=False)[0].tolist()}
+    of_tissues = [_surface_distances(prediction[0] == tissue, label[0] == tissue, spacing) for tissue in Tissue]
+    scores |= dict(zip(("hd95", "hd_max", "asd"), map(list, zip(*of_tissues, strict=True)), strict=True))
     row: dict[str, float] = {}
-    for name, values in scores.items():
-        by_tissue = values[0].tolist()
+    for name, by_tissue in scores.items():
         row |= {f"{name}_{tissue}": value for tissue, value in zip(TISSUES, by_tissue, strict=True)}
-        row[f"{name}_mean"] = float(np.mean(by_tissue))
+        row[f"{name}_mean"] = mean_and_deviation(by_tissue)[0].item()
     return row
+
+
+def _surface_distances(found: torch.Tensor, there: torch.Tensor, spacing: tuple[float, ...]) -> tuple[float, ...]:
+    """95th percentile, maximum and mean of the surface distances of two masks (X, Y, Z), as `tissue_scores` has it."""
+    if not there.any() or not found.any():
+        return (np.inf if there.any() else np.nan,) * 3
+    # MONAI's metrics of one kind each would measure the distances again for each
+    _, distances, _ = get_edge_surface_distance(found, there, spacing=spacing, symmetric=True)
+    percentile, maximum = (max(torch.quantile(each, q).item() for each in distances) for q in (0.95, 1.0))
+    return percentile, maximum, torch.cat(distances).mean().item()
+
+
+def mean_and_deviation(scores: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of a sample, over the first axis, of those scores that aren't NaN; NaN where none is.
+
+    NaN is the score where a label lacks a tissue.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # there may be none, or one, or an infinite one
+        return np.nanmean(scores, axis=0), np.nanstd(scores, axis=0, ddof=1)
 
 
 def tissue_volumes(prediction: MetaTensor) -> dict[str, float]:
@@ -132,7 +146,8 @@ class ScoreTable(_SubjectTable):
         print(table)
         print(f"scores of each subject, surface distances included: {self.path}")
         scores = [name for name in self.rows[0] if name != "subject"]
-        engine.state.metrics |= {name: float(np.mean([row[name] for row in self.rows])) for name in scores}
+        means, _ = mean_and_deviation([[row[name] for name in scores] for row in self.rows])
+        engine.state.metrics |= dict(zip(scores, means.tolist(), strict=True))
 
 
 class VolumeTable(_SubjectTable):
@@ -168,14 +183,14 @@ class VolumeTable(_SubjectTable):
 
 def dice_table(rows: list[dict[str, Any]]) -> str:
     """The table CSF | GM | WM | Average: Dice in percent, a line for each subject and for their mean."""
-    columns = [f"dice_{name}" for name in (*TISSUES, "mean")]
-    lines = ["| Subject | CSF | GM | WM | Average |", "|---|---|---|---|---|"]
-    table = {row["subject"]: [row[column] for column in columns] for row in rows}
+    percent = 100 * np.array([[row[f"dice_{name}"] for name in (*TISSUES, "mean")] for row in rows])
+    lines = [(row["subject"], scores) for row, scores in zip(rows, percent, strict=True)]
     if len(rows) > 1:
-        table["mean"] = np.mean(list(table.values()), axis=0)
-    for subject, scores in table.items():
-        lines.append(" | ".join([f"| {subject}", *(f"{100 * score:.2f}" for score in scores)]) + " |")
-    return "\n".join(lines)
+        lines.append(("mean", mean_and_deviation(percent)[0]))
+    columns = ("Subject", "CSF", "GM", "WM", "Average")
+    return markdown_table(
+        [dict(zip(columns, (title, *(f"{x:.2f}" for x in scores)), strict=True)) for title, scores in lines]
+    )
 
 
 class TissueDice:

@@ -255,7 +255,9 @@ def test_one_subject_and_a_missing_tissue():
     rows = [scores("1"), scores("2") | {"hd95_wm": float("inf"), "asd_wm": float("nan")}]
     assert score_report(rows[:1]).count("± nan") == 12
     assert "inf ± nan" in score_report(rows)
-    assert "| nan ± nan |" in score_report(rows)
+    # ASD of the only subject whose label has WM
+    assert "| 3.00 ± nan |" in score_report([scores("1") | {"asd_wm": 3.0}, rows[1]])
+    assert "| nan ± nan |" in score_report(rows[1:])
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ import pytest
 import torch
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
+from monai.metrics.utils import get_edge_surface_distance
 
 from scripts.errors import InputError
-from scripts.metrics import VolumeTable, dice_table, tissue_scores, tissue_volumes
+from scripts.metrics import ScoreTable, VolumeTable, dice_table, tissue_scores, tissue_volumes
 from scripts.writers import read_csv
+
+NAMES = [f"dice_{name}" for name in ("csf", "gm", "wm", "mean")]
 
 
 def labels(**voxels: list[int]) -> torch.Tensor:
@@ -77,13 +80,27 @@ def test_whole_volumes_against_brute_force():
         assert scores[f"asd_{tissue}"] == pytest.approx(np.concatenate([forth, back]).mean(), rel=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore:.*ground truth of class:UserWarning", "ignore:.*prediction of class:UserWarning")
 def test_tissue_that_is_missing():
     scores = tissue_scores(labels(csf=[1], gm=[], wm=[9]), labels(csf=[1], gm=[4], wm=[]), (1, 1, 1))
     assert scores["dice_gm"] == 0
     assert scores["hd_max_gm"] == scores["hd95_gm"] == scores["asd_gm"] == math.inf
     assert math.isnan(scores["dice_wm"])
     assert all(math.isnan(scores[f"{name}_wm"]) for name in ("hd95", "hd_max", "asd"))
+    # of those that the label has
+    assert scores["dice_mean"] == 0.5
+    assert scores["asd_mean"] == math.inf
+    nothing = tissue_scores(labels(csf=[], gm=[], wm=[]), labels(csf=[], gm=[], wm=[]), (1, 1, 1))
+    assert all(map(math.isnan, nothing.values()))
+
+
+def test_each_distance_is_measured_once(monkeypatch):
+    measured = []
+    monkeypatch.setattr(
+        "scripts.metrics.get_edge_surface_distance",
+        lambda *args, **kwargs: measured.append(args) or get_edge_surface_distance(*args, **kwargs),
+    )
+    tissue_scores(labels(csf=[1], gm=[4], wm=[9]), labels(csf=[1], gm=[5], wm=[9]), (1, 1, 1))
+    assert len(measured) == 3
 
 
 def test_volumes_in_millilitres():
@@ -129,3 +146,21 @@ def test_table_in_percent():
     assert dice_table(rows[:1]).splitlines()[-1] == "| 1 | 93.66 | 90.80 | 90.64 | 91.70 |"
     assert dice_table(rows).splitlines()[0] == "| Subject | CSF | GM | WM | Average |"
     assert dice_table(rows).splitlines()[-1] == "| mean | 71.83 | 95.40 | 50.32 | 75.85 |"
+
+
+def test_table_of_subjects_that_lack_a_tissue_or_are_named_oddly():
+    row = {"dice_csf": 0.5, "dice_gm": math.nan, "dice_wm": 0.25, "dice_mean": 0.375}
+    rows = [{"subject": "mean"} | row, {"subject": "a|b"} | row | {"dice_gm": 0.75, "dice_mean": 0.5}]
+    assert dice_table(rows).splitlines()[2:] == [
+        "| mean | 50.00 | nan | 25.00 | 37.50 |",
+        "| a\\|b | 50.00 | 75.00 | 25.00 | 50.00 |",
+        "| mean | 50.00 | 75.00 | 25.00 | 43.75 |",
+    ]
+
+
+def test_mean_scores_of_a_run_leave_out_what_a_label_lacks(tmp_path):
+    table = ScoreTable(str(tmp_path / "metrics.csv"))
+    table.rows = [{"subject": str(i), **dict.fromkeys(NAMES, value)} for i, value in enumerate((0.5, math.nan, 0.7))]
+    engine = Engine(lambda engine, batch: None)
+    table.finish(engine)
+    assert engine.state.metrics == pytest.approx(dict.fromkeys(NAMES, 0.6))
