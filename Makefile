@@ -73,7 +73,7 @@ weights: $(VENV)/.installed
 	$(RUN) training --config_file "['configs/train.json','configs/recipes/robust.json']" --dataset_dir data/anatomies \
 		--val_subjects "['anatomy-12','anatomy-12-2','anatomy-12-3','anatomy-12-4']" --patch_size "[64,64,64]" \
 		--synthetic_share 0.12 --crops_per_epoch 1600 --epochs 37 --val_interval 9 --picture_interval 0 \
-		--optimizer#_target_ torch.optim.AdamW --learning_rate 0.003 \
+		--optimizer#_target_ torch.optim.AdamW --learning_rate 0.003 --resume True \
 		--output_dir eval/weights --ckpt_dir models
 	$(PY) -m scripts robustness --labels_dir $(LABEL_MAPS) --names "['anatomy-13','anatomy-14']" \
 		--output_dir eval/weights

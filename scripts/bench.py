@@ -23,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from scripts.compare_recipes import RECIPES
+from scripts.errors import InputError, require_whole_numbers
 from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
 from scripts.network import SkipDenseSeg
 from scripts.optimizer import MuonAdamW
@@ -331,7 +332,10 @@ def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]
     command += ["--dataset_dir", str(dataset_dir.resolve()), "--output_dir", str(output_dir.resolve())]
     command += ["--precision", precision]
     begin = time.perf_counter()
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if finished.returncode:
+        reason = (finished.stderr.strip() or "no word about it").splitlines()[-1]
+        raise InputError(f"{dataset_dir}: segmenting ended with status {finished.returncode}: {reason}")
     seconds = time.perf_counter() - begin
     told = re.search(r"time: ([\d.]+) s to start up, then ([\d.]+) s a subject, (.*)", finished.stdout)
     return [
@@ -357,7 +361,11 @@ def bench(output_dir: str = "eval/bench", rounds: int = 3, subjects: int = 13, p
         rounds: how often each way is timed; the median counts.
         subjects: unlabelled subjects that are segmented end to end.
         precision: of ours: auto, fp32, bf16 or fp16.
+
+    Raises:
+        InputError: a number isn't a whole one of at least 1, the precision isn't known, or segmenting the folder fails.
     """
+    require_whole_numbers(1, rounds=rounds, subjects=subjects)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = network_precision(device, precision)
     torch.manual_seed(0)

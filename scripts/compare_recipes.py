@@ -1,6 +1,7 @@
 """`python -m scripts compare_recipes`: what scores best after the same minutes of training on the same subjects."""
 
 import json
+import math
 import multiprocessing
 import shutil
 import statistics
@@ -20,7 +21,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, require_whole_numbers
-from scripts.metrics import TISSUES
+from scripts.metrics import TISSUES, mean_and_deviation
 from scripts.subjects import Ids, require_subjects, training_subjects, validation_subjects
 from scripts.workflow import nearest, unknown_setting
 from scripts.writers import markdown_table, read_csv, whole_files, write_csv
@@ -172,12 +173,16 @@ def _is_finished(directory: Path) -> bool:
 
 def _train_and_score(recipe: Recipe, settings: Mapping[str, Any], directory: Path) -> None:
     """Run both commands with the recipe and the settings laid over the configs; the training's last network scores."""
-    if (directory / "overlay.json").is_file():
+    is_begun = (directory / "overlay.json").is_file()
+    is_trained = is_begun and (directory / "last.pt").is_file()  # written at the end of its only epoch
+    if is_begun and not is_trained:
         shutil.rmtree(directory)  # what was begun here and not finished
     overlay = {**_overrides(recipe), **settings, "output_dir": str(directory), "ckpt_dir": str(directory)}
     with whole_files(directory) as temporary:
         (temporary / "overlay.json").write_text(json.dumps(overlay, indent=4))
     for task, last in (("training", ()), ("evaluating", ("evaluate.json",))):
+        if task == "training" and is_trained:
+            continue
         files = [*_config_files(recipe, *last), str(directory / "overlay.json")]
         command = ["-m", "monai.bundle", "run", task, f"--config_file={files!r}", f"--bundle_root={CONFIGS.parent}"]
         if task == "evaluating":
@@ -194,9 +199,9 @@ def _rows(output: Path, timed: Mapping[str, Mapping[str, Any]]) -> list[dict[str
             if _is_finished(directory := _folder(output, name, seed)):
                 scores = read_csv(directory / "metrics.csv")
                 row = {"recipe": name, "seed": seed} | {key: steps[key] for key in ("seconds a step", "steps")}
-                for title, column in COLUMNS.items():
-                    row[title] = round(100 * float(np.mean([float(score[f"dice_{column}"]) for score in scores])), 2)
-                rows.append(row)
+                dice = [[float(score[f"dice_{column}"]) for column in COLUMNS.values()] for score in scores]
+                means = (100 * mean_and_deviation(dice)[0]).round(2).tolist()
+                rows.append(row | dict(zip(COLUMNS, means, strict=True)))
     return rows
 
 
@@ -205,7 +210,9 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     result = []
     for name in dict.fromkeys(row["recipe"] for row in rows):
         own = [row for row in rows if row["recipe"] == name]
-        columns = {title: f"{np.mean([row[title] for row in own]):.2f}" for title in COLUMNS}
+        means, _ = mean_and_deviation([[row[title] for title in COLUMNS] for row in own])
+        columns = {title: f"{mean:.2f}" for title, mean in zip(COLUMNS, means, strict=True)}
         by_seed = " ".join(f"{row['mean']:.2f}" for row in own)
         result.append({"recipe": name, "steps": own[0]["steps"]} | columns | {"mean of each seed": by_seed})
-    return sorted(result, key=lambda row: -float(row["mean"]))
+    # NaN, where no label has any tissue, comes last
+    return sorted(result, key=lambda row: -float(row["mean"]) if row["mean"] != "nan" else math.inf)

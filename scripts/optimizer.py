@@ -1,5 +1,6 @@
 """The optimiser of training: Muon for weights of convolutions, AdamW for what batch norms and biases have."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -44,11 +45,16 @@ class MuonAdamW(torch.optim.Optimizer):
         lr: learning rate.
         betas: of AdamW; the first one is the momentum of matrices too, so that a schedule moves both.
         weight_decay: decoupled weight decay of both.
+
+    Raises:
+        ValueError: one of them is out of its range.
     """
 
     def __init__(
         self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), weight_decay: float = 1e-2
     ) -> None:
+        if not 0 <= lr < math.inf or not 0 <= weight_decay < math.inf or not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"lr {lr}, betas {betas}, weight_decay {weight_decay}: must be 0 or above, betas below 1")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
     @torch.no_grad()

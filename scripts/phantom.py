@@ -10,7 +10,7 @@ import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
 from tqdm import tqdm
 
-from scripts.errors import InputError
+from scripts.errors import InputError, require_whole_numbers
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image, smooth_noise
 from scripts.transforms import ISEG_VALUES, Tissue
 from scripts.writers import made_already, whole_files, write_analyze
@@ -133,9 +133,8 @@ def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 
     Raises:
         InputError: a number is out of range, or a file of that name is there that isn't the same phantom subject.
     """
-    for name, number, least in (("subjects", subjects, 1), ("unlabeled", unlabeled, 0), ("seed", seed, 0)):
-        if not isinstance(number, int) or number < least:
-            raise InputError(f"--{name} {number}: must be a whole number of at least {least}")
+    require_whole_numbers(1, subjects=subjects)
+    require_whole_numbers(0, unlabeled=unlabeled, seed=seed)
     for number in tqdm(range(1, subjects + unlabeled + 1), desc="phantom subjects", unit="subject"):
         kinds = ("T1", "T2", "label") if number <= subjects else ("T1", "T2")
         description = f"phantom version {VERSION} seed {seed} subject {number}"

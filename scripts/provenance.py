@@ -21,7 +21,7 @@ from scripts.exported import is_exported
 from scripts.inferers import network_precision
 from scripts.package import NAME
 from scripts.storage import without_credentials
-from scripts.weights import checkpoint_paths, holds
+from scripts.weights import begins, checkpoint_paths, holds
 from scripts.writers import whole_files
 
 METADATA = Path(__file__).parents[1] / "configs" / "metadata.json"
@@ -151,7 +151,8 @@ class ProvenanceSaver:
     def note(self, engine: Engine) -> None:
         """Look before anything is made: a training may replace the checkpoint that it started from."""
         self.told, self.written = provenance(engine, self.settings), False
-        if self.resume and self.path.is_file():
+        # a training that was to go on and found nothing begins at its first epoch, whatever an older one left
+        if self.resume and not begins(engine) and self.path.is_file():
             resumed = "; ".join(self.told[name] for name in ("command", "bundle", "software"))
             with suppress(ValueError):  # somebody wrote in it
                 begun = json.loads(self.path.read_text(encoding="utf-8"))

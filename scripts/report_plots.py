@@ -46,7 +46,7 @@ def learning_curves(history: Mapping[str, Mapping[int, float]]) -> Figure:
     figure = Figure(figsize=(9, 3), layout="constrained")
     loss, dice = figure.subplots(1, 2)
     steps = history.get(TRAINING_LOSS, {})
-    loss.plot(list(steps), list(steps.values()), color="black")
+    loss.plot(list(steps), list(steps.values()), color="black", marker=".")  # seen even if there is one epoch
     loss.set(xlabel="epoch", ylabel="training loss")
     for (tag, name), marker in zip(VALIDATION_DICE.items(), "osD^", strict=True):
         steps = history.get(tag, {})

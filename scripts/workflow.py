@@ -3,6 +3,7 @@
 import ctypes
 import difflib
 import inspect
+import math
 import os
 import platform
 import re
@@ -135,6 +136,7 @@ def require_training_settings(
     network: torch.nn.Module,
     patch_size: Sequence[int],
     val_subjects: Ids,
+    learning_rate: float,
     start_from: str | None = None,
     **whole_numbers: int,
 ) -> None:
@@ -144,6 +146,7 @@ def require_training_settings(
         network: whose `stride`, if it has one, the patch must be a multiple of.
         patch_size: voxels along each axis, or one number for all three.
         val_subjects: must name at least one.
+        learning_rate: must be a finite number above 0.
         start_from: must be a checkpoint that can be trained further, if given.
         whole_numbers: settings that must be whole numbers of at least 1, by name.
 
@@ -157,6 +160,9 @@ def require_training_settings(
         raise InputError(f"--patch_size {patch_size}: must be multiples of {stride}, like [64,64,64]")
     if not ensure_tuple(val_subjects):
         raise InputError(f"--val_subjects {val_subjects}: names none; name at least one labelled subject, like [9]")
+    is_number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
+    if not is_number or not 0 < learning_rate < math.inf:
+        raise InputError(f"--learning_rate {learning_rate}: must be a number above 0, like 0.006")
     if start_from is not None and (not isinstance(start_from, str) or is_exported(start_from)):
         raise InputError(f"--start_from {start_from}: isn't a checkpoint that can be trained; name one, like model.pt")
     if start_from is not None and not os.path.isfile(start_from):  # noqa: PTH113 (Path fails on names too long)

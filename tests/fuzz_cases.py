@@ -310,7 +310,12 @@ def use_settings(rng: Rng, folder: Path) -> None:
         arguments += ["--args_file", str(folder / "args.json")]
     (folder / "arguments.txt").write_text(repr(arguments))
     given = given_options(arguments)
-    settings = {"patch_size": 64, "val_subjects": 9, **{name: given[name] for name in SETTINGS if name in given}}
+    settings = {
+        "patch_size": 64,
+        "val_subjects": 9,
+        "learning_rate": 0.1,
+        **{name: given[name] for name in SETTINGS if name in given},
+    }
     require_training_settings(networks()[0], **settings)
     patch = settings["patch_size"]
     assert isinstance(patch, int) or len(patch) == 3, f"patch_size {patch} has not three sides"

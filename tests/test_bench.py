@@ -7,6 +7,7 @@ import torch
 from conftest import save_subject
 
 from scripts import bench
+from scripts.errors import InputError
 from scripts.inferers import network_precision
 from scripts.writers import markdown_table
 
@@ -72,6 +73,18 @@ def test_feed_and_end_to_end(results):
     assert folder["subjects"] == 1
     assert folder["start-up, s"] + folder["seconds a subject"] < folder["seconds"] + 1
     assert "network" in folder["of these"]
+
+
+@pytest.mark.parametrize("settings", [{"rounds": 0}, {"subjects": 0}, {"rounds": 1.5}])
+def test_numbers_are_refused_before_anything_is_measured(tmp_path, settings):
+    with pytest.raises(InputError, match="must be a whole number of at least 1"):
+        bench.bench(str(tmp_path / "out"), **settings)
+    assert not (tmp_path / "out").exists()
+
+
+def test_why_segmenting_a_folder_failed_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: segmenting ended with status 1: error: .*no such folder"):
+        bench.end_to_end(tmp_path / "nowhere", tmp_path / "out", "fp32")
 
 
 def test_peak_memory_is_that_of_the_call():

@@ -57,6 +57,16 @@ def test_summary_is_the_mean_of_the_seeds_with_the_best_first():
     assert (worst["recipe"], worst["mean"]) == ("a", "81.00")
 
 
+def test_recipe_without_a_score_comes_last():
+    scores = [("none", 0, float("nan")), ("low", 0, 10.0), ("high", 0, 90.0), ("high", 1, float("nan"))]
+    rows = [{"recipe": r, "seed": s, "steps": 7, **dict.fromkeys(("CSF", "GM", "WM", "mean"), m)} for r, s, m in scores]
+    assert [(row["recipe"], row["mean"]) for row in _summary(rows)] == [
+        ("high", "90.00"),
+        ("low", "10.00"),
+        ("none", "nan"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -94,6 +104,26 @@ def test_only_what_a_comparison_began_is_begun_anew(dataset, tmp_path, monkeypat
         with pytest.raises(InputError, match="training ended with status 1"):
             compare_recipes(str(dataset), 9, str(tmp_path), names="UNet")
         assert mine.exists() is kept
+
+
+def test_training_is_kept_where_only_scoring_was_stopped(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.compare_recipes._seconds_a_step", None)
+    monkeypatch.setattr("scripts.compare_recipes.ProcessPoolExecutor", TimedAtOnce)
+    ran = []
+    last = tmp_path / "UNet" / "seed-0" / "last.pt"
+
+    def trains_but_does_not_score(command):
+        ran.append(command[4])
+        if command[4] == "training":
+            last.write_bytes(b"trained")
+        return SimpleNamespace(returncode=command[4] != "training")
+
+    monkeypatch.setattr("subprocess.run", trains_but_does_not_score)
+    for _ in range(2):
+        with pytest.raises(InputError, match="evaluating ended with status"):
+            compare_recipes(str(dataset), 9, str(tmp_path), names="UNet")
+    assert ran == ["training", "evaluating", "evaluating"]
+    assert last.read_bytes() == b"trained"
 
 
 class TimedAtOnce:

@@ -27,6 +27,14 @@ def test_singular_values_near_one_of_the_same_singular_vectors(shape):
     assert (turned - torch.diag(turned.diagonal())).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(
+    "settings", [{"lr": -1.0}, {"lr": float("nan")}, {"betas": (1.0, 0.9)}, {"weight_decay": -0.1}]
+)
+def test_what_would_lead_away_from_the_minimum_is_refused(settings):
+    with pytest.raises(ValueError, match="must be 0 or above"):
+        MuonAdamW(network().parameters(), **settings)
+
+
 def test_gradient_of_nothing_moves_nothing():
     assert orthogonalised(torch.zeros(3, 5)).tolist() == torch.zeros(3, 5).tolist()
 

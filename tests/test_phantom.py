@@ -113,7 +113,8 @@ def test_subjects_of_somebody_else_are_neither_kept_nor_overwritten(folder, tmp_
 
 
 @pytest.mark.parametrize(
-    "numbers", [{"subjects": 0}, {"subjects": 2.5}, {"subjects": "a"}, {"unlabeled": -1}, {"seed": -1}]
+    "numbers",
+    [{"subjects": 0}, {"subjects": 2.5}, {"subjects": "a"}, {"subjects": True}, {"unlabeled": -1}, {"seed": -1}],
 )
 def test_impossible_numbers(tmp_path, numbers):
     with pytest.raises(InputError, match=next(iter(numbers))):

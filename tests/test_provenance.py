@@ -72,6 +72,15 @@ def test_training_and_evaluation_tell_with_what_they_were_made(dataset, tmp_path
     assert [name.split()[0] for name in resumed.keys() - training.keys()] == ["resumed"]
 
 
+def test_training_that_found_nothing_to_go_on_with_tells_of_itself_alone(dataset, tmp_path):
+    (tmp_path / "training-provenance.json").write_text(json.dumps({"date": "2001-01-01", "setting seed": "77"}))
+    configured(dataset, tmp_path, "train.json", **QUICK, ckpt_dir=str(tmp_path), resume=True).run()
+    found = told(tmp_path, "training")
+    assert found["setting seed"] == "0"
+    assert found["date"] > "2001-01-02"
+    assert not [name for name in found if name.startswith("resumed")]
+
+
 @pytest.fixture(scope="module")
 def first(dataset, tmp_path_factory) -> Iterator[dict[str, torch.Tensor]]:
     """The network of a training on two threads, as those that are compared with it."""

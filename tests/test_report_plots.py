@@ -1,5 +1,6 @@
 """Learning curves: those of the last training, whole."""
 
+import io
 from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
@@ -50,3 +51,11 @@ def test_curves_are_drawn_where_there_is_a_log():
     assert loss.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.5]]
     assert [line.get_label() for line in dice.lines] == ["mean", "CSF", "GM", "WM"]
     assert dice.lines[0].get_xydata().tolist() == [[2, 80]]
+
+
+def test_loss_of_a_single_epoch_is_seen():
+    figure = report_plots.learning_curves({"train_loss": {1: 0.9}})
+    figure.savefig(drawn := io.BytesIO(), format="png")
+    figure.axes[0].lines[0].set_visible(False)
+    figure.savefig(without := io.BytesIO(), format="png")
+    assert drawn.getvalue() != without.getvalue()

@@ -141,6 +141,9 @@ def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
         ({"patch_size": 0}, "--patch_size 0"),
         ({"patch_size": []}, r"--patch_size \[\]: must be multiples"),
         ({"patch_size": [64, 64]}, r"--patch_size \[64, 64\]: must be multiples"),
+        ({"learning_rate": -1e-3}, "--learning_rate -0.001: must be a number above 0"),
+        ({"learning_rate": float("nan")}, "--learning_rate nan: must be a number"),
+        ({"learning_rate": "abc"}, "--learning_rate abc: must be a number"),
         ({"val_subjects": []}, r"--val_subjects \[\]: names none"),
         ({"start_from": "model.ts"}, "start_from model.ts: isn't a checkpoint that can be trained"),
         ({"start_from": "absent.pt"}, "start_from absent.pt: no such file"),
@@ -149,7 +152,7 @@ def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
     ],
 )
 def test_settings_that_can_not_train(settings, message):
-    fine = {"network": SkipDenseSeg(), "patch_size": 64, "val_subjects": 9, "epochs": 1, "batch_size": 2}
+    fine = {"network": SkipDenseSeg(), "patch_size": 64, "val_subjects": 9, "learning_rate": 1, "epochs": 1}
     require_training_settings(**fine)
     with pytest.raises(InputError, match=message):
         require_training_settings(**(fine | settings))
