@@ -179,9 +179,10 @@ class StoredFolder:
     def copy_in(self, names: Collection[str] | None = None) -> None:
         """Bring the copy to what is on the server: files of subjects, or those whose names fit a pattern of `names`.
 
-        Files that aren't on the server are removed here as well. One of `names` that was changed here and never
-        reached the server stays; if the server's was changed too, that one is taken, and the one here is kept under a
-        hidden name, with a warning.
+        Files that aren't on the server are removed here as well, and so are other results that were copied out and that
+        the server has no more, or in another version: made again they would count as copied. One of `names` that was
+        changed here and never reached the server stays; if the server's was changed too, that one is taken, and the one
+        here is kept under a hidden name, with a warning.
 
         Raises:
             StorageError: all files are asked for and there are none, there is no room for them, or as `_try`.
@@ -203,13 +204,17 @@ class StoredFolder:
                 if name not in unsent and not self._is_copied(name, info, record)
             }
             replaced = {*outdated, *here} - unsent - (set(wanted) - set(outdated))
+            others = set(self._local_names()) - here
+            replaced |= {name for name in others if self._is_lost(name, there.get(name), record)}
             total = sum(info["size"] for info in outdated.values())
             self._require_room(total, [self.local / name for name in replaced])
             for name in sorted(replaced):
                 if names is not None:
                     self._keep_unsent(name, record)
                 (self.local / name).unlink(missing_ok=True)
-                record.pop(name, None)
+            if forgotten := replaced & set(record):
+                record = {name: entry for name, entry in record.items() if name not in forgotten}
+                self._write_record(record)
             with (
                 tqdm(
                     total=total, desc=f"copying {self.url}", unit="B", unit_scale=True, disable=not outdated
@@ -328,6 +333,12 @@ class StoredFolder:
         entry = record.get(name, {"version": None, "md5": None})
         unchanged = entry["version"] == (None if info is None else _version(info))
         return unchanged and entry["md5"] != _md5(self.local / name)
+
+    def _is_lost(self, name: str, info: dict[str, Any] | None, record: dict[str, Any]) -> bool:
+        """Whether the file is as it was copied last, and the server has another or none."""
+        entry = record.get(name)
+        is_there = info is not None and entry is not None and entry["version"] == _version(info)
+        return entry is not None and not is_there and entry["md5"] == _md5(self.local / name)
 
     def _keep_unsent(self, name: str, record: dict[str, Any]) -> None:
         path = self.local / name

@@ -286,6 +286,32 @@ def test_results_that_were_never_sent_go_out_at_the_next_start(memory, tmp_path)
     assert memory.cat("/results/step-5.pt") == b"while the server was away"
 
 
+@pytest.mark.parametrize("on_server", [None, b"of other weights"])
+def test_results_that_the_server_lost_or_got_from_elsewhere_go_out_when_they_are_made_again(
+    memory, tmp_path, on_server
+):
+    def run() -> Path:
+        """Segments the same subject with the same weights."""
+        local = Path(local_results("memory://results", str(tmp_path), ["volumes.csv"]))
+        for name in ("subject-1-label.nii.gz", "volumes.csv"):
+            (local / name).write_bytes(b"the same")
+        StoredFolder("memory://results", str(tmp_path), "results").copy_out()
+        return local
+
+    local = run()
+    (local / "subject-2-label.nii.gz").write_bytes(b"never copied out")
+    memory.rm("/results", recursive=True)
+    if on_server:
+        memory.pipe("/results/subject-1-label.nii.gz", on_server)
+    local_results("memory://results", str(tmp_path), ["volumes.csv"])
+    # what is sent when a run starts is nothing old that replaces what is new
+    assert files(local) == {"subject-2-label.nii.gz": b"never copied out"}
+    run()
+    expected = {"subject-1-label.nii.gz", "subject-2-label.nii.gz", "volumes.csv"}
+    assert {path.removeprefix("/results/") for path in memory.find("/results")} == expected
+    assert memory.cat("/results/subject-1-label.nii.gz") == memory.cat("/results/volumes.csv") == b"the same"
+
+
 def test_files_that_come_and_go_while_results_are_copied_out(memory, tmp_path):
     folder = StoredFolder("memory://results", str(tmp_path), "results")
     done = threading.Event()
