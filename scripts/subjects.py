@@ -25,6 +25,8 @@ EXPECTED_NAMES = (
     "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz, "
     f"or train_iseg_nocut_<id>.h5, or BIDS: {bids.EXPECTED_NAMES}"
 )
+# in which a folder of subjects may be divided; labels/final is MONAI Label's
+FOLDERS_OF_A_KIND = ("image", "images", "t1", "t2", "label", "labels", "final")
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +157,9 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
         The subjects by ascending id; none where the folder holds none.
 
     Raises:
-        InputError: a T1 without its T2 beside it or the reverse, a label without images, half of an Analyze pair, what
-            is named so but isn't a file, two files for one volume, or images beside an HDF5 file; both layouts in one
-            folder; a folder that can't be read; or as `find_bids_subjects`.
+        InputError: a T1 without its T2 beside it or the reverse, a label without images or elsewhere than these, half
+            of an Analyze pair, what is named so but isn't a file, two files for one volume, or images beside an HDF5
+            file; both layouts in one folder; a folder that can't be read; or as `find_bids_subjects`.
     """
     subjects, bad, _ = _good_and_bad_subjects(dataset_dir)
     for error in bad.values():
@@ -183,6 +185,11 @@ def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, I
     return subjects, bad, False
 
 
+def _place_of_subject(path: Path) -> tuple[str, ...]:
+    """The folders that a file lies in, but for those that are named by what they hold."""
+    return tuple(part for part in path.parent.parts if part.lower() not in FOLDERS_OF_A_KIND)
+
+
 def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
     """The subject that files make up, given by kind; raises InputError where one is missing or too many."""
     if hdf5 := files.pop("HDF5", None):
@@ -195,12 +202,13 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
                 f"{next(iter(files.values()))}: subject {subject_id} has no {modality}; "
                 f"put subject-{subject_id}-{modality} beside it"
             )
-    # folders that are named by what they hold, T1/ and T2/, are one place
-    if len({str(files[modality].parent).lower().replace("t1", "t2") for modality in ("T1", "T2")}) > 1:
-        raise InputError(
-            f"{files['T2']}: lies elsewhere than {files['T1']}, and may be another child's; put T1 and T2 of a subject "
-            f"into one folder, and give each subject an id of its own"
-        )
+    for kind, path in files.items():
+        if _place_of_subject(path) != _place_of_subject(files["T1"]):
+            risk = "a segmentation" if kind == "LABEL" else "another child's"
+            raise InputError(
+                f"{path}: lies elsewhere than {files['T1']}, and may be {risk}; put T1, T2 and label of a subject "
+                f"into one folder, or into T1/, T2/ and label/ in it, and give each subject an id of its own"
+            )
     subject: Subject = {"subject": subject_id, "image": [str(files["T1"]), str(files["T2"])]}
     if "LABEL" in files:
         subject["label"] = str(files["LABEL"])

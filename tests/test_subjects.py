@@ -102,6 +102,12 @@ def test_absent_folder_has_no_subjects(tmp_path):
         ([*analyze("subject-1-T1"), "subject-1-T1.nii.gz"], r"subject 1 has .*subject-1-T1.hdr as well; keep one"),
         (["a/subject-1-T1.nii", "b/subject-1-T1.nii"], r"keep one of the two"),
         (["a/T1/subject-1-T1.nii", "b/T2/subject-1-T2.nii"], r"b/T2/subject-1-T2.nii: lies elsewhere than .*a/T1/"),
+        (["subject1/subject-5-T1.nii", "subject2/subject-5-T2.nii"], r"subject2/.*: lies elsewhere than .*subject1/"),
+        (["A/subject-5-T1.nii", "a/subject-5-T2.nii"], r"a/subject-5-T2.nii: lies elsewhere than .*A/"),
+        (
+            ["scans/subject-1-T1.nii", "scans/subject-1-T2.nii", "labels/subject-1-label.nii"],
+            r"labels/subject-1-label.nii: lies elsewhere than .*scans/subject-1-T1.nii, and may be a segmentation; put",
+        ),
         (["train_iseg_nocut_1.h5", "subject-1-T1.nii"], r"nocut_1.h5: subject 1 has .*subject-1-T1.nii as well; keep"),
         (["a/train_iseg_nocut_1.h5", "b/train_iseg_nocut_1.h5"], r"subject 1 has .*nocut_1.h5 as well; keep one"),
     ],
@@ -123,7 +129,8 @@ def test_folders_behind_links_are_entered_once(tmp_path):
 
 def test_a_folder_for_each_modality(tmp_path):
     touch(tmp_path, "A/T1/subject-1-T1.nii", "A/T2/subject-1-T2.nii", "A/label/subject-1-label.nii")
-    assert ids(training_subjects(str(tmp_path), [])) == ["1"]
+    touch(tmp_path, "subject-2-T1.nii", "subject-2-T2.nii", "labels/final/subject-2-label.nii")
+    assert ids(training_subjects(str(tmp_path), [])) == ["1", "2"]
 
 
 def test_folder_that_can_not_be_read(open_folder, as_nobody):
