@@ -194,6 +194,19 @@ def _as_one_volume(values: np.ndarray, t1: SpatialImage) -> np.ndarray:
     return values.reshape(values.shape + (1,) * (len(t1.shape) - 3))
 
 
+def _nifti_beside(values: np.ndarray, t1: SpatialImage) -> nib.Nifti1Image:
+    """Values on the grid of T1; if that is NIfTI with both its affines, for programs differ in which one they take."""
+    image = nib.Nifti1Image(values, t1.affine)
+    image.header.set_xyzt_units("mm")
+    if isinstance(t1, nib.Nifti1Pair):
+        for field in ("sform_code", "srow_x", "srow_y", "srow_z", "qform_code"):
+            image.header[field] = t1.header[field]
+        for field in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"):
+            image.header[field] = t1.header[field]
+        image.header["pixdim"][:4] = t1.header["pixdim"][:4]
+    return image
+
+
 def write_label(path: str | Path, label: np.ndarray, t1_path: str, description: str = "") -> None:
     """Write tissue labels so that they open beside the T1: same shape (a fourth dimension included) and affine.
 
@@ -220,11 +233,12 @@ def write_label(path: str | Path, label: np.ndarray, t1_path: str, description: 
         else:  # readers that don't know of the .mat file take the voxel at 0 mm, counted from 1
             image.header["origin"][:3] = np.round(np.linalg.inv(t1.affine)[:3, 3]) + 1
     else:
-        image = nib.Nifti1Image(label, t1.affine)
-        image.header.set_xyzt_units("mm")
+        image = _nifti_beside(label, t1)
     image.header["descrip"] = description.encode()
     with whole_files(path.parent) as temporary:
         nib.save(image, temporary / path.name)
+        if path.suffix == ".hdr" and header_says_it:
+            path.with_suffix(".mat").unlink(missing_ok=True)  # of a former label here, on another grid
 
 
 def write_map(path: str | Path, values: np.ndarray, t1_path: str) -> None:
@@ -237,8 +251,7 @@ def write_map(path: str | Path, values: np.ndarray, t1_path: str) -> None:
     """
     path = Path(path)
     t1 = nib.load(t1_path)
-    image = nib.Nifti1Image(_as_one_volume(values, t1), t1.affine)
-    image.header.set_xyzt_units("mm")
+    image = _nifti_beside(_as_one_volume(values, t1), t1)
     with whole_files(path.parent) as temporary:
         nib.save(image, temporary / path.name)
 
