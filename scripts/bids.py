@@ -100,12 +100,14 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
         except InputError as error:
             left_out[session] = error
             continue
-        masks = {scan.key: scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"}
+        masks = [scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"]
         t1s, t2s = (_best_versions([scan for scan in scans if scan.suffix == suffix]) for suffix in ("T1w", "T2w"))
         if t2s and not t1s:
             left_out[session] = "has no T1w"
         for t1 in t1s:
-            t2, mask = _partner(t1, t1s, t2s), masks.get(t1.key)
+            t2 = _partner(t1, t1s, t2s)
+            own_masks = _masks_of(t1, masks)
+            mask = own_masks[0] if own_masks else None
             try:
                 stripped = mask or not any(_says_not_skull_stripped(scan.path) for scan in (t1, t2) if scan)
             except InputError as error:
@@ -115,6 +117,11 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
                 names = ", ".join(scan.path.name for scan in (*t1s, *t2s))
                 left_out[t1.subject] = (
                     f"has no T2w that is clearly its own in {names}; name the two alike" if t2s else "has no T2w"
+                )
+            elif len(own_masks) > 1:
+                left_out[t1.subject] = (
+                    f"has {' and '.join(scan.path.name for scan in own_masks)}; keep the one on the grid of "
+                    f"{t1.path.name}, or give it the space- of that name"
                 )
             elif not mask and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
                 left_out[t1.subject] = (
@@ -166,6 +173,12 @@ def _scans(anat: Path, session: str) -> Iterator[_Scan]:
 def _best_versions(scans: Collection[_Scan]) -> list[_Scan]:
     """Of scans that differ in `desc` the one of the preferred; all of them where two are equally good."""
     return [scan for scan in scans if scan.version == min(other.version for other in scans if other.key == scan.key)]
+
+
+def _masks_of(t1: _Scan, masks: Collection[_Scan]) -> list[_Scan]:
+    """The brain masks of a T1w: the one in its space, else all, of which several can't be told apart."""
+    own = [mask for mask in masks if mask.key == t1.key]
+    return [mask for mask in own if mask.entities.get("space") == t1.entities.get("space")] or own
 
 
 def _partner(t1: _Scan, t1s: Collection[_Scan], t2s: Collection[_Scan]) -> _Scan | None:

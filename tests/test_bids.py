@@ -305,6 +305,27 @@ def test_names_of_results():
     assert path("label", ".png") == "sub-1/ses-a/figures/sub-1_ses-a_run-1_desc-skipdenseseg_dseg.png"
 
 
+@pytest.mark.parametrize(
+    ("space", "masks", "taken"),
+    [
+        ("", ["", "_space-T2w"], ""),
+        ("_space-T1w", ["", "_space-T1w"], "_space-T1w"),
+        ("_space-T1w", [""], ""),
+        ("", ["_space-T1w", "_space-T2w"], None),
+    ],
+)
+def test_of_several_masks_the_one_in_the_space_of_t1w_is_taken(tmp_path, space, masks, taken):
+    touch(tmp_path, *pair(f"sub-1{space}"), *(scan(f"sub-1{each}_desc-brain_mask.nii.gz") for each in masks))
+    subjects, left_out = find_bids_subjects(str(tmp_path))
+    if taken is None:
+        assert not subjects
+        assert "space-T1w_desc-brain_mask.nii.gz and sub-1_space-T2w_desc-brain_mask.nii.gz; keep the one" in next(
+            iter(left_out.values())
+        )
+    else:
+        assert Path(subjects[0]["mask"]).name == f"sub-1{taken}_desc-brain_mask.nii.gz"
+
+
 def test_a_mask_is_applied_to_both_scans(tmp_path):
     rng, affine = np.random.default_rng(1), np.diag([1.0, 1, 2, 1])
     t1, t2 = rng.uniform(1, 2, (2, 5, 6, 7)).astype(np.float32)
