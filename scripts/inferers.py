@@ -31,6 +31,14 @@ UNCERTAINTIES = ("network", "flips", "dropout")
 # processor without AVX-512, where convolutions need the most beside their results. Half precision halves it.
 BYTES_PER_VOXEL = 1500
 
+CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+# by the kind of a control group, none in version 2: files of its limit and of what is used of it, and the entry of
+# memory.stat that tells what of this files take that weren't read lately
+CGROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
 logger = logging.getLogger(__name__)
 
 
@@ -152,15 +160,37 @@ class MixedPrecisionInferer(Inferer):
             return self.inferer(inputs, run, *args, **kwargs)
 
 
+def left_by_groups(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
+    """Bytes that Linux's control groups leave to this process: that of its container or job and those above it.
+
+    None where there are no groups or no limits. What they hold of files that were read counts as free, for it is given
+    up when memory is needed.
+
+    Args:
+        mount: where the groups lie, of version 1 or 2.
+        own: tells which ones are this process's.
+    """
+    left = []
+    for line in own.read_text().splitlines() if own.is_file() else ():
+        _, kind, path = line.split(":", 2)
+        if kind not in CGROUP_FILES:
+            continue
+        limit, used, cache = CGROUP_FILES[kind]
+        top = mount / kind
+        for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
+            # there is no limit, or no such group: in a container its own may lie at the top
+            if group.is_relative_to(top) and (group / limit).is_file() and (group / limit).read_text().strip() != "max":
+                held = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
+                left.append(int((group / limit).read_text()) - int((group / used).read_text()) + int(held[cache]))
+    return left
+
+
 def available_memory(device: torch.device) -> int:
     """Bytes that can be allocated on a device: what is free on a GPU; else what system, container and user leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [psutil.virtual_memory().available]
+    limits = [psutil.virtual_memory().available, *left_by_groups()]
     process = psutil.Process()
-    group = Path("/sys/fs/cgroup")  # the container's, in version 2
-    if (group / "memory.max").exists() and (limit := (group / "memory.max").read_text().strip()) != "max":
-        limits.append(int(limit) - int((group / "memory.current").read_text()))
     if hasattr(process, "rlimit"):  # Linux
         allowed = process.rlimit(psutil.RLIMIT_AS)[0]
         if allowed != psutil.RLIM_INFINITY:

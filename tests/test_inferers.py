@@ -21,6 +21,7 @@ from scripts.inferers import (
     available_memory,
     fitting_window,
     folded,
+    left_by_groups,
     needs_loss_scaling,
     network_precision,
 )
@@ -274,6 +275,28 @@ def test_fitting_window():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "limit", "used", "cache"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_memory_that_containers_and_jobs_leave(tmp_path, kind, limit, used, cache):
+    job = tmp_path / kind / "slurm" / "job"
+    job.mkdir(parents=True)
+    for folder, allowed in ((job, 900), (job.parent, 1000), (job.parent.parent, "max")):
+        (folder / limit).write_text(f"{allowed}\n")
+        (folder / used).write_text("700\n")
+        (folder / "memory.stat").write_text(f"anon 100\n{cache} 500\n")
+    own = tmp_path / "own"
+    own.write_text(f"1:name=systemd:/x\n2:{kind}:/slurm/job/step\n")
+    assert left_by_groups(tmp_path, own) == [700, 800]
+    assert left_by_groups(tmp_path, tmp_path / "absent") == []
+    own.write_text("1:cpu:/slurm/job\n")
+    assert left_by_groups(tmp_path, own) == []
+
+
 def test_available_memory_heeds_the_limit_of_the_user():
     code = (
         "import resource, torch; from scripts.inferers import available_memory as a; cpu = torch.device('cpu');"
