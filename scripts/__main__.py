@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from collections.abc import Callable
 
 import fire
 
@@ -57,7 +58,15 @@ def refuse_unknown_options(arguments: list[str]) -> None:
             raise InputError(f"--{name}: no such option of {arguments[0]}; did you mean --{hint}?")
 
 
+def take_text_as_it_is(command: Callable[..., None]) -> None:
+    """Let `fire` leave the options of a command alone that are text: it would make a number of the folder 2024."""
+    texts = [name for name, option in inspect.signature(command).parameters.items() if option.annotation is str]
+    fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)
+
+
 if __name__ == "__main__":
     show_input_errors_in_one_line()
     refuse_unknown_options(sys.argv[1:])
+    for each in COMMANDS.values():
+        take_text_as_it_is(each)
     fire.Fire(COMMANDS, name="python -m scripts")

@@ -121,9 +121,9 @@ def _cache_folder(parent: str) -> str:
     Each is locked while its process lives, and has its name once it is. Where there are no locks none is removed.
     """
     Path(parent).mkdir(parents=True, exist_ok=True)
-    for left in Path(parent).glob(".cache-*"):
-        with contextlib.suppress(Timeout, OSError), FileLock(left / LOCK, timeout=0, fallback_to_soft=False):
-            shutil.rmtree(left, ignore_errors=True)
+    for lock in Path(parent).glob(f".cache-*/{LOCK}"):  # others of that name are somebody else's
+        with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0, fallback_to_soft=False):
+            shutil.rmtree(lock.parent, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
     with contextlib.suppress(OSError):
         _locks.append(lock := FileLock(made / LOCK, fallback_to_soft=False))

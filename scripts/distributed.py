@@ -14,6 +14,8 @@ import torch
 import torch.distributed
 from torch import nn
 
+from scripts.errors import InputError
+
 Item = TypeVar("Item")
 
 
@@ -23,6 +25,15 @@ def own_device() -> torch.device:
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator().type
     return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
+
+
+def require_device(device: torch.device | str) -> None:
+    """Refuse, by InputError, a device that torch doesn't know, that this machine hasn't or that can't be used."""
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, TypeError) as error:  # each kind of device has its own
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--device {device}: can't be used ({reason}); give one like cpu or cuda:0") from error
 
 
 def own_rank() -> int:

@@ -39,6 +39,12 @@ def require_true_or_false(**settings: bool) -> None:
             raise InputError(f"--{name} {value}: must be True or False")
 
 
+def require_text(path: str) -> None:
+    """Refuse a path that isn't text, by InputError: on the command line `2024` is a number."""
+    if not isinstance(path, str):
+        raise InputError(f"{path}: isn't text, as a path must be; write ./{path}")
+
+
 def input_error_in(error: BaseException | None) -> InputError | None:
     """The InputError that `error` is or was raised from, if any: MONAI wraps what its components raise."""
     while error is not None and not isinstance(error, InputError):

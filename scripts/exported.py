@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from scripts.errors import InputError
+from scripts.errors import InputError, ran_out_of_memory
 from scripts.transforms import Tissue
 
 # as tested; also in requirements-dev.txt
@@ -92,6 +92,10 @@ class ExportedNetwork:
         try:
             logits = self.run(patch)
         except Exception as error:  # each kind has its own
+            if ran_out_of_memory(error):  # no fault of the network
+                raise
+            if "Failed to allocate memory" in str(error):  # as ONNX Runtime says it, by an error of no kind of its own
+                raise MemoryError(_reason(error)) from error
             raise InputError(
                 f"{self.path}: can't be given {given} ({_reason(error)}); export a network that takes T1 and T2 of any "
                 f"size, or set --window_size to the size that this one takes"

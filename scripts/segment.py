@@ -15,7 +15,8 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
-from scripts.errors import InputError, input_error_in
+from scripts.distributed import require_device
+from scripts.errors import InputError, input_error_in, require_whole_numbers
 from scripts.metrics import tissue_volumes
 from scripts.transforms import VolumeInMemory
 from scripts.weights import CheckpointLoader
@@ -85,6 +86,8 @@ class Segmenter:
         config.update({"bundle_root": str(ROOT), "probabilities": True, **settings})
         # a new network draws its weights at random, which the checkpoint then replaces
         with _bare_input_errors(), torch.random.fork_rng(devices=[]):
+            require_device(config.get_parsed_content("device"))
+            require_whole_numbers(0, foreground_margin=config.get_parsed_content("foreground_margin"))
             self.device = torch.device(config.get_parsed_content("device"))
             self.network: torch.nn.Module = config.get_parsed_content("network").eval()
             self.preprocessing = config.get_parsed_content("preprocessing")

@@ -17,7 +17,7 @@ from fsspec.core import split_protocol
 from monai.utils import ensure_tuple
 
 from scripts import bids
-from scripts.errors import InputError
+from scripts.errors import InputError, require_text
 
 FILE_NAME = re.compile(r"(?is)subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(hdr|img|nii|nii\.gz)")
 HDF5_NAME = re.compile(r"(?s)train_iseg_nocut_(?P<subject>.+)\.h5")
@@ -369,6 +369,7 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
 
 def place(folder: str) -> tuple[str, PurePath]:
     """Protocol and path of a folder, so that two names of one place are alike; a plain path is a `file`."""
+    require_text(folder)
     protocol, path = split_protocol(folder)
     if protocol in (None, "file", "local"):
         return "file", Path(path).resolve()

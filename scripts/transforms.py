@@ -98,7 +98,7 @@ def _image_and_values(path: str) -> tuple[nib.spatialimages.SpatialImage, np.nda
     image = nib.load(path, mmap=False)
     require_brain_scan(path, image)
     _require_room(image)
-    with ImageOpener(path) as file:
+    with ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
         stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
         if not stored_sizes.all():  # nibabel takes 1 mm then
             raise InputError(f"{path}: {_voxels(stored_sizes)} can't be; correct its header or convert it again")

@@ -26,6 +26,7 @@ from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, Referenc
 from monai.bundle.utils import ID_SEP_KEY
 from monai.utils import ensure_tuple, set_determinism
 
+from scripts.distributed import require_device
 from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
 from scripts.exported import is_exported
 from scripts.subjects import Ids
@@ -194,14 +195,15 @@ def keep_freed_memory() -> None:
         libc.mallopt(trim_threshold, -1)  # never
 
 
-def start(seed: int) -> None:
+def start(seed: int, device: torch.device | str) -> None:
     """Prepare the process: memory and randomness, and on the command line how errors look and what may be overridden.
 
     Args:
         seed: for Python, NumPy and torch.
+        device: where it will be computed.
 
     Raises:
-        InputError: as `refuse_unknown_overrides` and `require_tracking_package`.
+        InputError: as `refuse_unknown_overrides`, `require_tracking_package` and `scripts.distributed.require_device`.
     """
     # MONAI's surface distances warn of an argument that MONAI itself passes
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
@@ -217,5 +219,6 @@ def start(seed: int) -> None:
         tqdm.std.tqdm.monitor_interval = 0
     # MLflow, if there is one, would tell its makers of its use
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    require_device(device)
     keep_freed_memory()
     set_determinism(seed)

@@ -11,6 +11,7 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
+import fire
 import nibabel as nib
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from PIL import Image
 from test_tracking import is_picture, tensorboard_log
 
+from scripts.__main__ import take_text_as_it_is
 from scripts.errors import InputError
 from scripts.metrics import tissue_scores
 from scripts.network import SkipDenseSeg
@@ -532,3 +534,46 @@ def test_volume_of_256_cubed_in_4_gb(tmp_path):
     scans = (tmp_path / "scans" / f"subject-1-{kind}.hdr" for kind in ("T1", "T2"))
     in_one_pass = segment_files(*map(str, scans), precision="fp32").label.reshape(label.shape)
     assert (found[..., 0] == in_one_pass)[label > 0].mean() > 0.99
+
+
+OF_EACH_TASK = {
+    "training": ("train",),
+    "evaluating": ("train", "evaluate"),
+    "run": ("inference",),
+}
+
+
+@pytest.mark.parametrize("task", OF_EACH_TASK)
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("device", "gpu", "--device gpu: can't be used "),
+        ("foreground_margin", "-1", "--foreground_margin -1: must be a whole number of at least 0"),
+        ("output_dir", "2024", "2024: isn't text, as a path must be; write ./2024"),
+        ("ckpt_dir", "2024", "2024: isn't text, as a path must be; write ./2024"),
+        ("dataset_dir", "2024", "2024: isn't text, as a path must be; write ./2024"),
+    ],
+)
+def test_settings_that_no_task_can_use_end_in_one_line(dataset, tmp_path, task, setting, value, message):
+    files = repr([f"configs/{name}.json" for name in OF_EACH_TASK[task]])
+    folders = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(ROOT / "models")}
+    if task == "training":
+        folders["ckpt_dir"] = str(tmp_path / "out")
+    options = [f"--{name}={text}" for name, text in (folders | {setting: value}).items()]
+    name = () if task == "run" else (task,)
+    result = bundle("run", *name, "--config_file", files, *options)
+    assert result.returncode != 0
+    assert last_line(result).startswith(f"error: {message}")
+    assert "Traceback" not in result.stderr
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_folder_named_by_a_number():
+    given = []
+
+    def command(folder: str, number: int) -> None:
+        given.append((folder, number))
+
+    take_text_as_it_is(command)
+    fire.Fire(command, command=["--folder", "007", "--number", "7"])
+    assert given == [("007", 7)]

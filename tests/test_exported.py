@@ -323,3 +323,28 @@ def test_example_refuses_what_it_can_not_do(files, brains, tmp_path, change, mes
     assert result.stderr.startswith("error: ")
     assert message in result.stderr
     assert not paths[2].exists()
+
+
+LITTLE_MEMORY = """
+import resource, sys, psutil, torch
+from scripts.exported import ExportedNetwork
+network = ExportedNetwork(sys.argv[1], torch.device("cpu"))
+patch = torch.zeros(1, 2, 200, 200, 200)
+allowed = psutil.Process().memory_info().vms + 60_000_000
+resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+try:
+    network(patch)
+except Exception as error:
+    from scripts.errors import ran_out_of_memory
+    print(type(error).__name__, ran_out_of_memory(error))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".onnx"])
+def test_lack_of_memory_is_no_fault_of_the_network(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    save_onnx(path) if suffix == ".onnx" else save_torchscript(path, convolution())
+    command = [sys.executable, "-W", "ignore", "-c", LITTLE_MEMORY, str(path)]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout.split()[1:] == ["True"], result.stdout + result.stderr
+    assert "InputError" not in result.stdout

@@ -19,7 +19,7 @@ from scripts.phantom import label_map
 from scripts.segment import Segmentation, Segmenter, segment
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.transforms import Tissue
-from scripts.writers import read_csv
+from scripts.writers import read_csv, write_analyze
 
 PAGE = (ROOT / "docs" / "from_python.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
@@ -167,6 +167,13 @@ def test_the_process_is_left_as_it_was(paths, capfd, caplog, monkeypatch, tmp_pa
         ({"uncertainty": "some"}, "--uncertainty some: must be None, network, flips, dropout"),
         ({"ckpt_dir": "nowhere"}, "nowhere/model.pt: no such checkpoint"),
         ({"precision": "half"}, "--precision half: must be auto"),
+        ({"device": "gpu"}, "--device gpu: can't be used "),
+        ({"device": "cuda:99"}, "--device cuda:99: can't be used "),
+        ({"foreground_margin": 2.5}, "--foreground_margin 2.5: must be a whole number"),
+        ({"foreground_margin": -1}, "--foreground_margin -1: must be a whole number"),
+        ({"foreground_margin": "auto"}, "--foreground_margin auto: must be a whole number"),
+        ({"checkpoints": 5}, "5: isn't text, as a path must be; write ./5"),
+        ({"ckpt_dir": 5}, "5: isn't text, as a path must be; write ./5"),
     ],
 )
 def test_settings_that_can_not_be(settings, message, paths):
@@ -237,3 +244,14 @@ def test_examples_of_the_page_as_programs(home, example, path):
     else:
         names = {path.name for path in (home / "labels").iterdir()}
         assert {"subject-11-label.nii.gz", "subject-12-label.nii.gz", "volumes.csv"} <= names
+
+
+def test_analyze_pair_named_by_its_image(paths, tmp_path):
+    t1, t2 = (nib.load(path) for path in paths)
+    for name, image in (("t1", t1), ("t2", t2)):
+        values = np.asarray(image.dataobj)
+        write_analyze(tmp_path / f"{name}.hdr", values.reshape(values.shape[:3]))
+    by_header, by_image = (
+        segment(*(tmp_path / f"{name}.{suffix}" for name in ("t1", "t2"))) for suffix in ("hdr", "img")
+    )
+    np.testing.assert_array_equal(by_image.label, by_header.label)

@@ -176,7 +176,7 @@ def test_commands_of_our_own_refuse_urls(tmp_path):
 def test_another_program_keeps_its_arguments_and_its_way_with_errors(monkeypatch):
     hook = sys.excepthook
     monkeypatch.setattr("sys.argv", ["own_program.py", "--config_file", TRAIN, "--epocs", "1"])
-    start(seed=0)
+    start(seed=0, device="cpu")
     assert sys.excepthook is hook
 
 
