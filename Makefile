@@ -65,7 +65,9 @@ lint: $(VENV)/.installed-dev
 
 # the weights that the bundle includes, from LABEL_MAPS, a folder of 14 label maps, see docs/README.md: 1 to 11 train and
 # 12 chooses the epoch; then how they do on 13 and 14, which stay unseen; for a GPU: without one it takes about a day
+# RESUME=True goes on with one that was stopped
 LABEL_MAPS ?= data/label-maps
+RESUME ?= False
 weights: $(VENV)/.installed
 	$(PY) -m scripts synthesize --labels_dir $(LABEL_MAPS) --output_dir data/anatomies --draws 4 --names "['anatomy-01', \
 		'anatomy-02','anatomy-03','anatomy-04','anatomy-05','anatomy-06','anatomy-07','anatomy-08','anatomy-09', \
@@ -73,7 +75,7 @@ weights: $(VENV)/.installed
 	$(RUN) training --config_file "['configs/train.json','configs/recipes/robust.json']" --dataset_dir data/anatomies \
 		--val_subjects "['anatomy-12','anatomy-12-2','anatomy-12-3','anatomy-12-4']" --patch_size "[64,64,64]" \
 		--synthetic_share 0.12 --crops_per_epoch 1600 --epochs 37 --val_interval 9 --picture_interval 0 \
-		--optimizer#_target_ torch.optim.AdamW --learning_rate 0.003 --resume True \
+		--optimizer#_target_ torch.optim.AdamW --learning_rate 0.003 --resume $(RESUME) \
 		--output_dir eval/weights --ckpt_dir models
 	$(PY) -m scripts robustness --labels_dir $(LABEL_MAPS) --names "['anatomy-13','anatomy-14']" \
 		--output_dir eval/weights

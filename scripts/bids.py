@@ -121,7 +121,7 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
             elif len(own_masks) > 1:
                 left_out[t1.subject] = (
                     f"has {' and '.join(scan.path.name for scan in own_masks)}; keep the one on the grid of "
-                    f"{t1.path.name}, or give it the space- of that name"
+                    f"{t1.path.name}, or name it as that: with its space-, or without one"
                 )
             elif not mask and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
                 left_out[t1.subject] = (
@@ -178,7 +178,11 @@ def _best_versions(scans: Collection[_Scan]) -> list[_Scan]:
 def _masks_of(t1: _Scan, masks: Collection[_Scan]) -> list[_Scan]:
     """The brain masks of a T1w: the one in its space, else all, of which several can't be told apart."""
     own = [mask for mask in masks if mask.key == t1.key]
-    return [mask for mask in own if mask.entities.get("space") == t1.entities.get("space")] or own
+    for unnamed in (None, "T1w"):  # a T1w is in its own space, whether its name says so or not
+        space = t1.entities.get("space", unnamed)
+        if in_its_space := [mask for mask in own if mask.entities.get("space", unnamed) == space]:
+            return in_its_space
+    return own
 
 
 def _partner(t1: _Scan, t1s: Collection[_Scan], t2s: Collection[_Scan]) -> _Scan | None:

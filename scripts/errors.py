@@ -1,6 +1,7 @@
 """What a person sees when something is wrong with what they gave."""
 
 import errno
+import os
 import re
 import sys
 from types import TracebackType
@@ -39,9 +40,9 @@ def require_true_or_false(**settings: bool) -> None:
             raise InputError(f"--{name} {value}: must be True or False")
 
 
-def require_text(path: str) -> None:
-    """Refuse a path that isn't text, by InputError: on the command line `2024` is a number."""
-    if not isinstance(path, str):
+def require_path(path: str | os.PathLike[str]) -> None:
+    """Refuse what isn't a path, by InputError: on the command line `2024` is a number."""
+    if not isinstance(path, str | os.PathLike):
         raise InputError(f"{path}: isn't text, as a path must be; write ./{path}")
 
 

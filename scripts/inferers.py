@@ -180,8 +180,10 @@ def left_by_groups(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
         for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
             # there is no limit, or no such group: in a container its own may lie at the top
             if group.is_relative_to(top) and (group / limit).is_file() and (group / limit).read_text().strip() != "max":
-                held = dict(row.split() for row in (group / "memory.stat").read_text().splitlines())
-                left.append(int((group / limit).read_text()) - int((group / used).read_text()) + int(held[cache]))
+                told = group / "memory.stat"
+                held = dict(row.split() for row in told.read_text().splitlines()) if told.is_file() else {}
+                in_use = int((group / used).read_text()) - int(held.get(cache, 0))
+                left.append(int((group / limit).read_text()) - in_use)
     return left
 
 

@@ -1,5 +1,6 @@
 """A training that may be stopped at any moment and go on as if it hadn't been."""
 
+import functools
 import hashlib
 import inspect
 import math
@@ -17,6 +18,7 @@ from monai.data.utils import set_rnd
 from monai.engines import Evaluator
 from monai.utils import set_determinism
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from scripts.datasets import epoch_seed
 from scripts.distributed import gathered
@@ -30,7 +32,8 @@ def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:
 
     Args:
         part: a network, a loss, transforms or a setting. Of an object its kind and its public attributes are told, and
-            so on for these; of an array its values, or its shape if they are many; of a function its name.
+            so on for these, but of a network no weights; of an array its values, or its shape if they are many; of a
+            function its name, which is the same for any two lambdas of one scope.
         within: the objects whose attribute it is, by `id`; of one that leads back to itself only the kind is told.
     """
     if isinstance(part, torch.dtype | torch.device | np.dtype | Enum | slice):
@@ -45,9 +48,12 @@ def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:
         return [made_with(value, (*within, id(part))) for value in part]
     if isinstance(part, Mapping):
         return {str(name): made_with(value, (*within, id(part))) for name, value in part.items()}
+    if isinstance(part, functools.partial):
+        return made_with({"kind": "partial", "func": part.func, "args": part.args, **part.keywords}, within)
     attributes = {} if id(part) in within else getattr(part, "__dict__", {})
-    # what else is private may change when it is used
-    kept = ("_modules", "_parameters", "_buffers") if isinstance(part, nn.Module) else ()
+    # what else is private may change when it is used; the weights of classes are a loss's buffers, while those of a
+    # network come from its training
+    kept = ("_modules", "_buffers") if isinstance(part, _Loss) else ("_modules",) if isinstance(part, nn.Module) else ()
     attributes = {name: value for name, value in attributes.items() if name in kept or not name.startswith("_")}
     return {"kind": type(part).__name__} | made_with(attributes, (*within, id(part)))
 

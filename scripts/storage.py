@@ -30,7 +30,7 @@ from monai.engines import Evaluator
 from tqdm import tqdm
 
 from scripts.bids import needed_files
-from scripts.errors import InputError, require_text
+from scripts.errors import InputError, require_path
 from scripts.writers import UNFINISHED, BackgroundWriter, whole_files
 
 PATIENCE = 60.0  # seconds for which a server that doesn't answer is asked again
@@ -55,9 +55,9 @@ class StorageError(InputError):
 
 
 def is_url(folder: str) -> bool:
-    """Whether a folder is given by URL and not as a plain path; InputError where it isn't text."""
-    require_text(folder)
-    return "://" in folder
+    """Whether a folder is given by URL and not as a plain path; InputError where it is neither."""
+    require_path(folder)
+    return "://" in str(folder)
 
 
 def local_dataset(folder: str, cache_dir: str) -> str:

@@ -17,7 +17,7 @@ from fsspec.core import split_protocol
 from monai.utils import ensure_tuple
 
 from scripts import bids
-from scripts.errors import InputError, require_text
+from scripts.errors import InputError, require_path
 
 FILE_NAME = re.compile(r"(?is)subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(hdr|img|nii|nii\.gz)")
 HDF5_NAME = re.compile(r"(?s)train_iseg_nocut_(?P<subject>.+)\.h5")
@@ -25,8 +25,8 @@ EXPECTED_NAMES = (
     "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz, "
     f"or train_iseg_nocut_<id>.h5, or BIDS: {bids.EXPECTED_NAMES}"
 )
-# in which a folder of subjects may be divided; labels/final is MONAI Label's
-FOLDERS_OF_A_KIND = ("image", "images", "t1", "t2", "label", "labels", "final")
+# names of folders, or parts of these, into which a folder of subjects may be divided; MONAI Label has labels/final
+OF_A_KIND = re.compile(r"(?i)(?<![a-z0-9])(t[12]w?|(image|label)s?(tr|ts)?|final)(?![a-z0-9])")
 
 logger = logging.getLogger(__name__)
 
@@ -185,9 +185,9 @@ def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, I
     return subjects, bad, False
 
 
-def _place_of_subject(path: Path) -> tuple[str, ...]:
-    """The folders that a file lies in, but for those that are named by what they hold."""
-    return tuple(part for part in path.parent.parts if part.lower() not in FOLDERS_OF_A_KIND)
+def _place_of_subject(path: Path) -> list[str]:
+    """The folders that a file lies in, without what in their names says what they hold."""
+    return [name for part in path.parent.parts if (name := OF_A_KIND.sub("", part))]
 
 
 def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
@@ -213,6 +213,11 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
     if "LABEL" in files:
         subject["label"] = str(files["LABEL"])
     return subject
+
+
+def names_of(subjects: Iterable[Subject]) -> list[str]:
+    """By what subjects can be told from others: their ids, or the images of those that MONAI Label gives without."""
+    return [subject.get("subject", str(subject["image"])) for subject in subjects]
 
 
 def _ids(setting: Ids) -> list[str]:
@@ -369,7 +374,7 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
 
 def place(folder: str) -> tuple[str, PurePath]:
     """Protocol and path of a folder, so that two names of one place are alike; a plain path is a `file`."""
-    require_text(folder)
+    require_path(folder)
     protocol, path = split_protocol(folder)
     if protocol in (None, "file", "local"):
         return "file", Path(path).resolve()

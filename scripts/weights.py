@@ -15,7 +15,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from monai.utils import ensure_tuple
 
-from scripts.errors import InputError, ran_out_of_memory, require_text
+from scripts.errors import InputError, ran_out_of_memory, require_path
 from scripts.exported import is_exported
 from scripts.writers import whole_files
 
@@ -129,11 +129,12 @@ def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
             A path needn't exist.
 
     Raises:
-        InputError: a path isn't text, a pattern fits no file, or the list is empty.
+        InputError: one isn't a path, a pattern fits no file, or the list is empty.
     """
     paths: list[str] = []
     for name in ensure_tuple(checkpoints):
-        require_text(name)
+        require_path(name)
+        name = str(name)
         if "://" in name:
             raise InputError(
                 f"{name}: --checkpoints takes paths; give one folder by URL as --ckpt_dir, or copy the files"

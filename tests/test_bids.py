@@ -311,7 +311,9 @@ def test_names_of_results():
         ("", ["", "_space-T2w"], ""),
         ("_space-T1w", ["", "_space-T1w"], "_space-T1w"),
         ("_space-T1w", [""], ""),
-        ("", ["_space-T1w", "_space-T2w"], None),
+        ("", ["_space-T1w", "_space-T2w"], "_space-T1w"),
+        ("_space-T1w", ["", "_space-T2w"], ""),
+        ("", ["_space-T2w", "_space-orig"], None),
     ],
 )
 def test_of_several_masks_the_one_in_the_space_of_t1w_is_taken(tmp_path, space, masks, taken):
@@ -319,7 +321,7 @@ def test_of_several_masks_the_one_in_the_space_of_t1w_is_taken(tmp_path, space, 
     subjects, left_out = find_bids_subjects(str(tmp_path))
     if taken is None:
         assert not subjects
-        assert "space-T1w_desc-brain_mask.nii.gz and sub-1_space-T2w_desc-brain_mask.nii.gz; keep the one" in next(
+        assert "space-T2w_desc-brain_mask.nii.gz and sub-1_space-orig_desc-brain_mask.nii.gz; keep the one" in next(
             iter(left_out.values())
         )
     else:

@@ -274,7 +274,6 @@ def test_fitting_window():
     assert fitting_window([16, 192, 32], 0) == [16, 64, 32]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "limit", "used", "cache"),
     [
@@ -293,10 +292,13 @@ def test_memory_that_containers_and_jobs_leave(tmp_path, kind, limit, used, cach
     own.write_text(f"1:name=systemd:/x\n2:{kind}:/slurm/job/step\n")
     assert left_by_groups(tmp_path, own) == [700, 800]
     assert left_by_groups(tmp_path, tmp_path / "absent") == []
+    (job / "memory.stat").unlink()
+    assert left_by_groups(tmp_path, own) == [200, 800]
     own.write_text("1:cpu:/slurm/job\n")
     assert left_by_groups(tmp_path, own) == []
 
 
+@pytest.mark.slow
 def test_available_memory_heeds_the_limit_of_the_user():
     code = (
         "import resource, torch; from scripts.inferers import available_memory as a; cpu = torch.device('cpu');"

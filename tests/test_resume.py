@@ -1,5 +1,6 @@
 """A training that is killed goes on as if it hadn't been."""
 
+import functools
 import os
 import shutil
 import signal
@@ -10,14 +11,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import QUICK, ROOT, bundle, last_line, two_threads
+from conftest import QUICK, ROOT, bundle, last_line, save_subject, two_threads
 from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor
 from monai.transforms import Compose
+from torch.nn.functional import cross_entropy
 
 from scripts.errors import InputError
-from scripts.resume import made_with
+from scripts.network import SkipDenseSeg
+from scripts.resume import first_difference, made_with
+from scripts.weights import read_checkpoint
 
 SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2}
 SETTINGS["batch_size"] = 1
@@ -215,6 +219,34 @@ def test_same_settings_in_other_words(dataset, tmp_path, uninterrupted, capsys):
     shutil.copytree(uninterrupted[0], tmp_path / "out")
     assert train(dataset, tmp_path / "out", resume=True, val_subjects=["9"]) == {}
     assert "goes on after epoch 3 of 3" in capsys.readouterr().out
+
+
+def test_training_that_replaced_what_it_started_from_goes_on(dataset, tmp_path, capsys):
+    torch.save(SkipDenseSeg().state_dict(), tmp_path / "model.pt")
+    started = {"start_from": str(tmp_path / "model.pt"), "epochs": 1}
+    train(dataset, tmp_path, **started)
+    # batch norms count their batches
+    assert read_checkpoint(str(tmp_path / "model.pt"))["features.norm0.num_batches_tracked"] == 2
+    assert train(dataset, tmp_path, resume=True, **started) == {}
+    assert "goes on after epoch 1 of 1" in capsys.readouterr().out
+
+
+def test_subjects_as_monai_label_hands_them_on(brains, tmp_path):
+    """It tells images and labels, and no ids."""
+    save_subject(tmp_path, "1", brains[0])
+    item = {"image": [str(tmp_path / f"subject-1-{kind}.hdr") for kind in ("T1", "T2")]}
+    item["label"] = str(tmp_path / "subject-1-label.hdr")
+    lists = {"train#dataset#data": [item], "validate#dataset#data": [item]}
+    assert len(train(tmp_path, tmp_path / "out", epochs=1, **lists)) == 2
+    assert train(tmp_path, tmp_path / "out", epochs=1, resume=True, **lists) == {}
+
+
+def test_settings_of_a_loss_that_is_a_function():
+    partials = [functools.partial(cross_entropy, label_smoothing=smoothing) for smoothing in (0.1, 0.4)]
+    first, second = map(made_with, partials)
+    assert first_difference("loss", first, second) == ("loss label_smoothing", 0.1, 0.4)
+    weighted = [torch.nn.CrossEntropyLoss(torch.tensor([1.0, weight])) for weight in (1, 2)]
+    assert made_with(weighted[0]) != made_with(weighted[1])
 
 
 def test_what_an_object_was_made_with_is_the_same_before_and_after_it_is_used():

@@ -61,7 +61,7 @@ def impatient(monkeypatch):
     monkeypatch.setattr(storage, "PATIENCE", 0.0)
 
 
-@pytest.mark.parametrize("folder", ["data", "/nowhere/data", "../data/", "", "a:b"])
+@pytest.mark.parametrize("folder", ["data", "/nowhere/data", "../data/", "", "a:b", Path("data")])
 def test_plain_path_stays_as_it_is_and_nothing_is_made(tmp_path, folder):
     cache = tmp_path / "cache"
     assert local_dataset(folder, str(cache)) == folder

@@ -127,10 +127,22 @@ def test_folders_behind_links_are_entered_once(tmp_path):
     assert ids(find_subjects(str(data))) == ["1", "2"]
 
 
-def test_a_folder_for_each_modality(tmp_path):
-    touch(tmp_path, "A/T1/subject-1-T1.nii", "A/T2/subject-1-T2.nii", "A/label/subject-1-label.nii")
-    touch(tmp_path, "subject-2-T1.nii", "subject-2-T2.nii", "labels/final/subject-2-label.nii")
-    assert ids(training_subjects(str(tmp_path), [])) == ["1", "2"]
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("A/T1", "A/T2", "A/label"),
+        ("T1w", "T2w", "labels"),
+        ("sub1_T1", "sub1_T2", "sub1_label"),
+        ("t1_nii", "t2_nii", "label_nii"),
+        ("imagesTr", "imagesTr", "labelsTr"),
+        (".", ".", "labels/final"),
+    ],
+)
+def test_a_folder_for_each_kind(tmp_path, folders):
+    names = ("subject-1-T1.nii", "subject-1-T2.nii", "subject-1-label.nii")
+    touch(tmp_path, *(f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)))
+    assert ids(training_subjects(str(tmp_path), [])) == ["1"]
+    assert ids(training_subjects(tmp_path, [])) == ["1"]
 
 
 def test_folder_that_can_not_be_read(open_folder, as_nobody):
