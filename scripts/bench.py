@@ -333,10 +333,10 @@ def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]
     command += ["--precision", precision]
     begin = time.perf_counter()
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    seconds = time.perf_counter() - begin
     if finished.returncode:
         reason = (finished.stderr.strip() or "no word about it").splitlines()[-1]
         raise InputError(f"{dataset_dir}: segmenting ended with status {finished.returncode}: {reason}")
-    seconds = time.perf_counter() - begin
     told = re.search(r"time: ([\d.]+) s to start up, then ([\d.]+) s a subject, (.*)", finished.stdout)
     return [
         {

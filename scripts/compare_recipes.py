@@ -1,7 +1,6 @@
 """`python -m scripts compare_recipes`: what scores best after the same minutes of training on the same subjects."""
 
 import json
-import math
 import multiprocessing
 import shutil
 import statistics
@@ -215,4 +214,4 @@ def _summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         by_seed = " ".join(f"{row['mean']:.2f}" for row in own)
         result.append({"recipe": name, "steps": own[0]["steps"]} | columns | {"mean of each seed": by_seed})
     # NaN, where no label has any tissue, comes last
-    return sorted(result, key=lambda row: -float(row["mean"]) if row["mean"] != "nan" else math.inf)
+    return sorted(result, key=lambda row: np.nan_to_num(float(row["mean"]), nan=-1.0), reverse=True)

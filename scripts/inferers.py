@@ -177,13 +177,16 @@ def left_by_groups(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
             continue
         limit, used, cache = CGROUP_FILES[kind]
         top = mount / kind
-        for group in (top / path.lstrip("/"), *(top / path.lstrip("/")).parents):
-            # there is no limit, or no such group: in a container its own may lie at the top
-            if group.is_relative_to(top) and (group / limit).is_file() and (group / limit).read_text().strip() != "max":
-                told = group / "memory.stat"
-                held = dict(row.split() for row in told.read_text().splitlines()) if told.is_file() else {}
-                in_use = int((group / used).read_text()) - int(held.get(cache, 0))
-                left.append(int((group / limit).read_text()) - in_use)
+        group = top / path.lstrip("/")
+        for each in (group, *group.parents):
+            # in a container its own group may lie at the top, and none where it is told to be
+            if not each.is_relative_to(top) or not (each / limit).is_file():
+                continue
+            if (allowed := (each / limit).read_text().strip()) == "max":
+                continue
+            stat = each / "memory.stat"
+            held = dict(row.split() for row in stat.read_text().splitlines()) if stat.is_file() else {}
+            left.append(int(allowed) - int((each / used).read_text()) + int(held.get(cache, 0)))
     return left
 
 

@@ -338,8 +338,8 @@ class StoredFolder:
     def _is_lost(self, name: str, info: dict[str, Any] | None, record: dict[str, Any]) -> bool:
         """Whether the file is as it was copied last, and the server has another or none."""
         entry = record.get(name)
-        is_there = info is not None and entry is not None and entry["version"] == _version(info)
-        return entry is not None and not is_there and entry["md5"] == _md5(self.local / name)
+        has_another = bool(entry) and (info is None or entry["version"] != _version(info))
+        return has_another and entry["md5"] == _md5(self.local / name)
 
     def _keep_unsent(self, name: str, record: dict[str, Any]) -> None:
         path = self.local / name

@@ -185,9 +185,9 @@ def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, I
     return subjects, bad, False
 
 
-def _place_of_subject(path: Path) -> list[str]:
-    """The folders that a file lies in, without what in their names says what they hold."""
-    return [name for part in path.parent.parts if (name := OF_A_KIND.sub("", part))]
+def _place_of_subjects(folder: PurePath) -> list[str]:
+    """The parts of a path without what in their names says what they hold."""
+    return [name for part in folder.parts if (name := OF_A_KIND.sub("", part))]
 
 
 def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
@@ -203,7 +203,7 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
                 f"put subject-{subject_id}-{modality} beside it"
             )
     for kind, path in files.items():
-        if _place_of_subject(path) != _place_of_subject(files["T1"]):
+        if _place_of_subjects(path.parent) != _place_of_subjects(files["T1"].parent):
             risk = "a segmentation" if kind == "LABEL" else "another child's"
             raise InputError(
                 f"{path}: lies elsewhere than {files['T1']}, and may be {risk}; put T1, T2 and label of a subject "
@@ -386,10 +386,18 @@ def require_apart(dataset_dir: str, output_dir: str) -> None:
 
     Raises:
         InputError: `output_dir` is `dataset_dir` or lies below it, but for the folders in its `derivatives`, which are
-            passed over when subjects are looked for. Either may be a URL.
+            passed over when subjects are looked for, or is the folder of its labels, as `labels` is beside `images`.
+            Either may be a URL.
     """
     (protocol, dataset), (output_protocol, output) = place(dataset_dir), place(output_dir)
-    if output_protocol != protocol or not output.is_relative_to(dataset):
+    if output_protocol != protocol:
+        return
+    if not output.is_relative_to(dataset):
+        if _place_of_subjects(output) == _place_of_subjects(dataset):
+            raise InputError(
+                f"{output_dir}: is where true labels of {dataset_dir} would lie, and segmentations would be taken for "
+                f"these; choose an --output_dir of another name"
+            )
         return
     inside = output.relative_to(dataset).parts
     if inside[:1] != ("derivatives",) or len(inside) < 2:

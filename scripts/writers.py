@@ -28,6 +28,11 @@ from scripts.errors import UNWRITABLE, InputError
 from scripts.transforms import ISEG_VALUES
 
 UNFINISHED = ".unfinished-"
+# of NIfTI; its qform takes voxel sizes and a sign from `pixdim` besides
+AFFINE_FIELDS = (
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+)
 
 logger = logging.getLogger(__name__)
 
@@ -199,9 +204,7 @@ def _nifti_beside(values: np.ndarray, t1: SpatialImage) -> nib.Nifti1Image:
     image = nib.Nifti1Image(values, t1.affine)
     image.header.set_xyzt_units("mm")
     if isinstance(t1, nib.Nifti1Pair):
-        for field in ("sform_code", "srow_x", "srow_y", "srow_z", "qform_code"):
-            image.header[field] = t1.header[field]
-        for field in ("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"):
+        for field in AFFINE_FIELDS:
             image.header[field] = t1.header[field]
         image.header["pixdim"][:4] = t1.header["pixdim"][:4]
     return image

@@ -175,6 +175,13 @@ def test_output_among_the_subjects(tmp_path):
             require_apart(str(tmp_path / "data"), str(tmp_path / output))
     for output in ("", "labels", "data-labels"):
         require_apart(str(tmp_path / "data"), str(tmp_path / output))
+    for output in ("labels", "label", "."):
+        with pytest.raises(
+            InputError, match=r"is where true labels of .*/images would lie, and segmentations would be"
+        ):
+            require_apart(str(tmp_path / "images"), str(tmp_path / output))
+    for output in ("segmentations", "labels/first", "images-labels"):
+        require_apart(str(tmp_path / "images"), str(tmp_path / output))
 
 
 def test_output_among_the_subjects_by_url(tmp_path):
