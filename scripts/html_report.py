@@ -16,6 +16,7 @@ from ignite.engine import Engine, Events
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from PIL import Image
 
 from scripts.distributed import gathered
 from scripts.metrics import tissue_volumes
@@ -153,7 +154,7 @@ def render(
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
     environment.filters |= {
         "number": _number,
-        "webp": lambda content: _data_uri("image/webp", content),
+        "picture": lambda content: _data_uri(Image.open(io.BytesIO(content)).get_format_mimetype(), content),
     }
     viewer = (HERE / "report_viewer.js").read_text(encoding="utf-8")
     # only this script may run, whatever a name holds, and nothing may be fetched

@@ -73,7 +73,8 @@ def segmentation_picture(
     """
     t1_values, segmented = canonical(t1), canonical(prediction)
     box = brain_box(t1_values)
-    place = middle(t1_values[box].shape)
+    brain = t1_values[box]
+    place = middle(brain.shape)
     x, y, z = canonical_voxel_size(t1)
     aspects = (y / x, z / x, z / y)
 
@@ -83,12 +84,13 @@ def segmentation_picture(
         truth = canonical(label)[box]
         overlays |= {"label": truth, "disagreement": truth != segmented[box]}
     if uncertainty is not None:
-        overlays["uncertainty"] = np.ma.masked_array(canonical(uncertainty)[box], t1_values[box] <= 0)
+        overlays["uncertainty"] = np.ma.masked_array(canonical(uncertainty)[box], brain <= 0)
     figure = Figure(figsize=(3.2 * len(overlays), 10), layout="constrained", facecolor="black")
-    grey = slices(t1_values[box], place)
+    grey = slices(brain, place)
     heights = [aspect * slice_.shape[0] / slice_.shape[1] for slice_, aspect in zip(grey, aspects, strict=True)]
-    axes = figure.subplots(3, len(overlays), height_ratios=heights)
-    brightest = np.percentile(t1_values[t1_values > 0], 99.5)
+    # without ticks, which would be laid out although none is shown
+    axes = figure.subplots(3, len(overlays), height_ratios=heights, subplot_kw={"xticks": [], "yticks": []})
+    brightest = np.percentile(brain[brain > 0], 99.5)
     for column, (name, overlay) in enumerate(overlays.items()):
         axes[0, column].set_title(name, color="white")
         for row, (slice_, aspect) in enumerate(zip(grey, aspects, strict=True)):
@@ -143,7 +145,7 @@ class PictureSaver(BackgroundWriter):
         figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}", item.get("uncertainty"))
         path = result_path(self.output_dir, item, "label" if label is None else "scored", ".png")
         with whole_files(path.parent) as temporary:
-            figure.savefig(temporary / path.name, dpi=80, facecolor="black")
+            figure.savefig(temporary / path.name, dpi=80, facecolor="black", pil_kwargs={"compress_level": 1})
 
 
 class TimeReport:

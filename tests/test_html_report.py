@@ -2,6 +2,7 @@
 
 import base64
 import hashlib
+import io
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import torch
 from conftest import ROOT
 from ignite.engine import Engine, Events
 from matplotlib.colors import to_rgb
+from PIL import Image
 from test_report_pictures import picture, subject
 from test_report_plots import write_log
 
@@ -99,6 +101,10 @@ def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
     sources = [attributes[name] for _, attributes in elements.tags for name in ("src", "href") if name in attributes]
     assert sources
     assert all(source.startswith(("data:image/", "#")) for source in sources)
+    for source in sources:
+        kind, _, content = source.removeprefix("data:").partition(";base64,")
+        if content and kind != "image/svg+xml":
+            assert Image.open(io.BytesIO(base64.b64decode(content))).get_format_mimetype() == kind
     (policy,) = [a["content"] for tag, a in elements.tags if tag == "meta" and "http-equiv" in a]
     script = page.rsplit("<script>", 1)[1].split("</script>")[0]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
