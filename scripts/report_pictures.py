@@ -36,7 +36,7 @@ LABEL_STEP = 16  # grey levels from one label to the next, which rounding then c
 
 @dataclass(frozen=True)
 class Pictures:
-    """What of a subject is shown: scans and uncertainty as JPEG, which takes a twentieth of WebP's time, else WebP.
+    """What of a subject is shown, as images: labels and slices for paper as WebP, all else as JPEG.
 
     Attributes:
         shape: voxels of the viewer to the right, front and top.
@@ -88,12 +88,16 @@ def draw(
     segmented = shown(prediction).astype(np.uint8)
     true = None if label is None else shown(label).astype(np.uint8)
     layers["labels"] = LABEL_STEP * (segmented if true is None else segmented + 4 * true)
-    images = {name: _within(LARGEST_SCAN, side_by_side(layers[name]), "JPEG", optimize=True) for name in ("t1", "t2")}
+
+    def shaded(values: np.ndarray) -> bytes:
+        # JPEG takes a tenth of WebP's time, which would slow down the network beside it
+        return _within(LARGEST_SCAN, side_by_side(values), "JPEG", optimize=True)
+
+    images = {name: shaded(layers[name]) for name in ("t1", "t2")}
     images["labels"] = _encoded(side_by_side(layers["labels"]), "WEBP", lossless=True, quality=0, method=1)
     if uncertainty is not None:
         layers["uncertainty"] = np.round(255 * shown(uncertainty)).astype(np.uint8)
-        coarser = side_by_side(_coarser(layers["uncertainty"]))
-        images["uncertainty"] = _within(LARGEST_SCAN, coarser, "JPEG", optimize=True)
+        images["uncertainty"] = shaded(_coarser(layers["uncertainty"]))
     static = _within(LARGEST_STATIC, _static(layers, segmented, true), "WEBP", method=0)
     return Pictures(shape=segmented.shape, layers=images, static=static)
 
