@@ -66,6 +66,38 @@ class Transition(nn.Sequential):
         )
 
 
+class Upsampling(nn.ConvTranspose3d):
+    """A transposed convolution of kernel `scale + 2`, stride `scale` and padding 1, computed as a convolution.
+
+    Each cell between 2x2x2 voxels of the input is convolved to all scale^3 voxels of the output around its centre,
+    which are then put in their places. On a CPU that takes a third to a half of the time of a transposed convolution
+    with few output features; results differ by rounding.
+
+    Shapes: (B, in_features, X, Y, Z) -> (B, out_features, X * scale, Y * scale, Z * scale).
+    """
+
+    def __init__(self, in_features: int, out_features: int, scale: int, groups: int) -> None:
+        super().__init__(
+            in_features, out_features, kernel_size=scale + 2, stride=scale, padding=1, groups=groups, bias=False
+        )
+        self.scale = scale
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        scale, groups = self.scale, self.groups
+        inputs, outputs = self.in_channels // groups, self.out_channels // groups
+        # the taps of both voxels of a cell, along each axis: the second one's come first
+        weight = nn.functional.pad(self.weight, [scale // 2 - 1] * 6)
+        weight = weight.reshape(groups, inputs, outputs, 2, scale, 2, scale, 2, scale).flip(3, 5, 7)
+        weight = weight.permute(0, 4, 6, 8, 2, 1, 3, 5, 7).reshape(-1, inputs, 2, 2, 2)
+        # features last, as they lie in memory in the faster layout
+        cells = nn.functional.conv3d(features, weight, padding=1, groups=groups).permute(0, 2, 3, 4, 1)
+        batch, x, y, z = cells.shape[:4]
+        cells = cells.reshape(batch, x, y, z, groups, scale, scale, scale, outputs)
+        voxels = cells.permute(0, 1, 5, 2, 6, 3, 7, 4, 8).reshape(batch, x * scale, y * scale, z * scale, -1)
+        edge = scale // 2
+        return voxels[:, edge:-edge, edge:-edge, edge:-edge].permute(0, 4, 1, 2, 3)
+
+
 class SkipDenseSeg(nn.Module):
     """Voxel-wise tissue logits from T1 and T2.
 
@@ -129,17 +161,8 @@ class SkipDenseSeg(nn.Module):
         for i, num_layers in enumerate(block_config):
             self.dense_blocks.append(DenseBlock(num_layers, num_features, growth_rate, bn_size, dropout_prob))
             num_features += num_layers * growth_rate
-            scale = 2 ** (i + 1)
             self.upsampling_blocks.append(
-                nn.ConvTranspose3d(
-                    num_features,
-                    out_channels,
-                    kernel_size=scale + 2,
-                    stride=scale,
-                    padding=1,
-                    groups=out_channels if grouped_upsampling else 1,
-                    bias=False,
-                )
+                Upsampling(num_features, out_channels, 2 ** (i + 1), groups=out_channels if grouped_upsampling else 1)
             )
             if i < len(block_config) - 1:
                 self.transit_blocks.append(Transition(num_features, num_features // 2, bias))
