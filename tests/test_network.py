@@ -3,8 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from scripts.network import SkipDenseSeg
+from scripts.network import SkipDenseSeg, Upsampling
 
 PAPER = {"block_config": (4, 4, 4, 4), "grouped_upsampling": True, "bias": True}
 
@@ -43,6 +44,23 @@ def test_other_sizes_are_refused_with_those_it_takes(arguments, stride):
     assert network.stride == stride
     with pytest.raises(ValueError, match=f"multiples of {stride}, got 32 x {16 + stride // 2} x 32"):
         network(torch.zeros(1, 2, 32, 16 + stride // 2, 32))
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("scale", [2, 4, 8, 16])
+def test_upsampling_and_its_gradients_are_those_of_the_transposed_convolution(scale, groups):
+    torch.manual_seed(scale)
+    upsampling = Upsampling(12, 4, scale, groups).double()
+    found = []
+    for call in (upsampling.forward, lambda image: nn.ConvTranspose3d.forward(upsampling, image)):
+        upsampling.zero_grad()
+        torch.manual_seed(0)
+        image = torch.randn(2, 12, 3, 1, 5, dtype=torch.double, requires_grad=True)
+        result = call(image)
+        (result * torch.randn(result.shape, dtype=torch.double)).sum().backward()
+        found.append((result, image.grad, upsampling.weight.grad))
+    assert found[0][0].shape == (2, 4, 3 * scale, scale, 5 * scale)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("arguments", [{}, PAPER])
