@@ -138,12 +138,16 @@ def mean_dice(labels, truth):
 def test_trained_network_labels_as_in_plain_float32(phantom_brain, trained_network, precision):
     image, truth = phantom_brain
     with torch.inference_mode():
-        plain = trained_network(image).argmax(1)[0]
+        probabilities = trained_network(image).softmax(1)[0]
         ours = MixedPrecisionInferer(LargestWindowInferer(), precision)(image, trained_network).argmax(1)[0]
-    brain = truth > 0
-    # the network wasn't trained on phantoms and is less sure of them: bfloat16 agrees on 99.82 % here, and on 99.91 to
-    # 99.94 % of four synthetic scans of brains that it wasn't trained on either
-    assert (plain == ours)[brain].float().mean() >= (0.997 if precision == "bf16" else 0.999)
+    brain, plain = truth > 0, probabilities.argmax(0)
+    first, second = probabilities.topk(2, dim=0).values
+    same, sure = plain == ours, brain & (first - second > 0.05)
+    # trained on other brains, the network is less sure of a phantom: bfloat16 agrees on 99.82 % of it, on 99.90 to
+    # 99.94 % of four synthetic scans; it may only decide near ties otherwise
+    assert same[brain].float().mean() >= (0.9975 if precision == "bf16" else 0.999)
+    assert sure.sum() > 0.98 * brain.sum()
+    assert same[sure].float().mean() >= 0.9999
     assert mean_dice(ours, truth) == pytest.approx(mean_dice(plain, truth), abs=0.002)
     assert mean_dice(plain, truth) > 0.8
 
