@@ -101,6 +101,20 @@ class FixedLossScale:
             engine.scaler = torch.amp.GradScaler(device, init_scale=self.scale, growth_interval=never)
 
 
+@torch.no_grad()
+def _make_bias_exact(convolution: nn.Conv3d, following: nn.Conv3d) -> None:
+    """Scale the features between two convolutions, with a ReLU there, so that bfloat16 holds each bias as it is.
+
+    A rounded bias moves all voxels of a feature alike, which no later sum evens out. `following` undoes the scale.
+    """
+    bias = convolution.bias
+    scale = bias.bfloat16().float() / bias
+    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1)  # but for biases of 0 and near it
+    convolution.weight.mul_(scale[:, None, None, None, None])
+    convolution.bias.mul_(scale)
+    following.weight.div_(scale[:, None, None, None])
+
+
 def folded(network: nn.Module) -> nn.Module:
     """A copy of a network in evaluation mode in which each batch norm right behind a convolution is part of it.
 
@@ -112,6 +126,11 @@ def folded(network: nn.Module) -> nn.Module:
             if isinstance(convolution, nn.Conv3d) and isinstance(norm, nn.BatchNorm3d):
                 setattr(parent, name, fuse_conv_bn_eval(convolution, norm))
                 setattr(parent, next_name, nn.Identity())
+        layers = [layer for layer in parent.children() if not isinstance(layer, nn.Identity)]
+        for first, between, second in zip(layers, layers[1:], layers[2:], strict=False):
+            convolutions = isinstance(first, nn.Conv3d) and isinstance(second, nn.Conv3d) and second.groups == 1
+            if convolutions and isinstance(between, nn.ReLU) and first.bias is not None:
+                _make_bias_exact(first, second)
     return network
 
 
