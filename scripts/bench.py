@@ -23,17 +23,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from scripts.compare_recipes import RECIPES
-from scripts.errors import InputError, require_whole_numbers
+from scripts.errors import InputError, require_true_or_false, require_whole_numbers
 from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
 from scripts.network import SkipDenseSeg
 from scripts.optimizer import MuonAdamW
 from scripts.phantom import phantom
-from scripts.subjects import find_subjects, subjects_to_segment
+from scripts.subjects import Subject, find_subjects, subjects_to_segment
 from scripts.weights import load_weights
 from scripts.workflow import keep_freed_memory
 from scripts.writers import markdown_table, whole_files
 
 ROOT = Path(__file__).parents[1]
+TRAINING = ROOT / "configs" / "train.json"
 PATCH = 64
 PUBLISHED_STRIDE = 8
 CUBES = (96, 128, 192, 256)
@@ -44,11 +45,12 @@ Row = dict[str, Any]
 def networks() -> dict[str, nn.Module]:
     """Both published variants, and what MONAI offers for the same task: 2 channels in, 4 classes out.
 
-    DynUNet has the layers and features that nnU-Net plans for a patch of 64 voxels, without its deep supervision.
+    The compact variant is that of `configs/train.json`, without dropout; the paper's has its dropout. DynUNet has the
+    layers and features that nnU-Net plans for a patch of 64 voxels, without its deep supervision.
     """
     recipes = ConfigParser(ConfigParser.load_config_file(RECIPES))
     return {
-        "SkipDenseSeg compact": SkipDenseSeg(),
+        "SkipDenseSeg compact": ConfigParser(ConfigParser.load_config_file(TRAINING)).get_parsed_content("network_def"),
         "SkipDenseSeg paper": SkipDenseSeg(block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True),
         **{name: recipes.get_parsed_content(f"{name}#network_def") for name in ("DynUNet", "SegResNet", "UNet")},
     }
@@ -178,44 +180,46 @@ def training_steps(device: torch.device, precision: str, rounds: int, ceiling: f
     return rows
 
 
-def _subject(
-    config_file: str, device: torch.device, precision: str, dataset_dir: Path, **settings: Any
-) -> ConfigParser:
+def _config(config_file: str, device: torch.device, precision: str, **settings: Any) -> ConfigParser:
     config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / config_file))
-    config.update({"bundle_root": str(ROOT), "dataset_dir": str(dataset_dir), "device": device, "precision": precision})
-    config.update(settings)
+    config.update({"bundle_root": str(ROOT), "device": device, "precision": precision, **settings})
     return config
 
 
-def one_subject(device: torch.device, precision: str, rounds: int, ceiling: float, dataset_dir: Path) -> list[Row]:
+def one_subject(
+    device: torch.device, precision: str, rounds: int, ceiling: float, files: Subject, published_in_full: bool
+) -> list[Row]:
     """Seconds for one subject, network only, by the published way, by common windows and by ours, with its labels."""
     network = SkipDenseSeg().to(device)
     load_weights(network, str(ROOT / "models" / "model.pt"))
     network.eval()
-    files = find_subjects(str(dataset_dir))[0]
+    dense = SlidingWindowInferer([PATCH] * 3, 1, overlap=1 - PUBLISHED_STRIDE / PATCH)
     common = SlidingWindowInferer([PATCH] * 3, 1, overlap=0.5, mode="gaussian")
     # the published way, the common one over the whole volume, over the foreground, and ours
-    whole = _subject("inference.json", device, "fp32", dataset_dir, foreground_margin=1000)
-    ours = _subject("inference.json", device, precision, dataset_dir)
+    whole = _config("inference.json", device, "fp32", foreground_margin=1000)
+    ours = _config("inference.json", device, precision)
+    in_windows = _config("inference.json", device, precision, window_size=[PATCH] * 3).get_parsed_content("inferer")
     volume = whole.get_parsed_content("preprocessing")(files)
     box = ours.get_parsed_content("preprocessing")(files)
     image, foreground = (item["image"][None].as_tensor().to(device) for item in (volume, box))
     window = image[..., :PATCH, :PATCH, :PATCH].contiguous()
     windows = 1
     for side in volume["t1"].shape[1:]:
-        windows *= (side - PATCH) // PUBLISHED_STRIDE + 1
+        windows *= max(side - PATCH, 0) // PUBLISHED_STRIDE + 1
     our_inferer = ours.get_parsed_content("inferer")
     tuned_common = MixedPrecisionInferer(common, precision)
 
     @torch.inference_mode()
-    def published() -> None:
+    def window_pass() -> None:
         network(window)
 
     @torch.inference_mode()
     def segment(inferer: Inferer, values: torch.Tensor, network: nn.Module = network) -> torch.Tensor:
         return inferer(values, network)
 
+    published_way = f"the published way: {windows:,} windows at stride {PUBLISHED_STRIDE}, float32"
     calls: dict[str, tuple[Callable[[], Any], Any]] = {
+        **({published_way: (lambda: segment(dense, image), whole)} if published_in_full else {}),
         f"{PATCH}^3 windows, overlap 0.5, whole volume, float32": (lambda: segment(common, image), whole),
         "the same over the foreground, our precision": (lambda: segment(tuned_common, foreground), ours),
         "ours": (lambda: segment(our_inferer, foreground), ours),
@@ -226,16 +230,22 @@ def one_subject(device: torch.device, precision: str, rounds: int, ceiling: floa
             lambda other=other: segment(our_inferer, foreground, other),
             None,
         )
+        # one pass costs them Dice: they normalise over all that they are given
+        calls[f"{name}, the same in {PATCH}^3 windows"] = (
+            lambda other=other: segment(in_windows, foreground, other),
+            None,
+        )
 
     truth = one_hot(box["reference"][None].long(), 4)
     brain = box["t1"][0] > 0
     rows: dict[str, Row] = {}
     labels: dict[str, torch.Tensor] = {}
-    for name, (call, config) in calls.items():
+    for name, (call, config) in tqdm(calls.items(), desc="one subject, labels", mininterval=1.0):
         keep_freed_memory()
         logits: list[torch.Tensor] = []
+        begin = time.perf_counter()
         memory = peak_memory(lambda call=call, logits=logits: logits.append(call()), device)
-        rows[name] = {"way": name, "seconds": 0.0, "peak GB": memory}
+        rows[name] = {"way": name, "seconds": time.perf_counter() - begin, "peak GB": memory}
         if config is not None:
             item = volume if config is whole else box
             found = config.get_parsed_content("postprocessing")(
@@ -247,23 +257,20 @@ def one_subject(device: torch.device, precision: str, rounds: int, ceiling: floa
                 compute_dice(one_hot(found["pred"][None].long(), 4), truth, include_background=False).mean()
             )
             rows[name]["labels as the first"] = float((found["pred"] == reference)[0][brain].float().mean())
-    ways = {name: (keep_freed_memory, call) for name, (call, _) in calls.items()}
-    first = next(iter(ways))
-    del ways[first]  # long enough by itself to be timed once
-    medians = interleaved_medians(ways | {"window": (keep_freed_memory, published)}, rounds, device, "one subject")
-    medians[first] = seconds_of(calls[first][0], device)
-    per_window = medians.pop("window")
+    # the ways over the whole volume are long enough to be timed once
+    ways = {name: (keep_freed_memory, call) for name, (call, config) in calls.items() if config is not whole}
+    medians = interleaved_medians(ways | {"window": (keep_freed_memory, window_pass)}, rounds, device, "one subject")
+    published = medians.pop("window") * windows
     with FlopCounterMode(display=False) as counter:
         calls["ours"][0]()
-    for name, seconds in medians.items():
-        rows[name] |= {"seconds": seconds, "times as fast as published": per_window * windows / seconds}
+    if not published_in_full:
+        multiplied = {"way": f"{published_way} (one timed, multiplied)", "seconds": published}
+        rows = {published_way: multiplied} | rows
+    for name, row in rows.items():
+        row["seconds"] = medians.get(name, row["seconds"])
+        row["times as fast as published"] = rows[published_way]["seconds"] / row["seconds"]
     rows["ours"]["share of the ceiling"] = counter.get_total_flops() / medians["ours"] / 1e9 / ceiling
-    published_row = {
-        "way": f"the published way: {windows:,} windows at stride {PUBLISHED_STRIDE}, float32 (one timed, multiplied)",
-        "seconds": per_window * windows,
-        "times as fast as published": 1.0,
-    }
-    return [published_row, *rows.values()]
+    return list(rows.values())
 
 
 def growth(device: torch.device, precision: str, rounds: int) -> list[Row]:
@@ -301,8 +308,8 @@ def growth(device: torch.device, precision: str, rounds: int) -> list[Row]:
 def feed(device: torch.device, precision: str, dataset_dir: Path) -> list[Row]:
     """Batches of 4 patches a second that training is fed with, without a network, and the wait for them with one."""
     steps, batch_size = FEED_STEPS, 4
-    config = _subject(
-        "train.json", device, precision, dataset_dir, val_subjects=[], batch_size=batch_size,
+    config = _config(
+        "train.json", device, precision, dataset_dir=str(dataset_dir), val_subjects=[], batch_size=batch_size,
         crops_per_epoch=steps * batch_size, patch_size=[PATCH] * 3, output_dir=str(dataset_dir.parent),
     )  # fmt: skip
     loader = config.get_parsed_content("train#dataloader")
@@ -311,7 +318,7 @@ def feed(device: torch.device, precision: str, dataset_dir: Path) -> list[Row]:
     seconds = seconds_of(lambda: [None for _ in loader], device)
     keep_freed_memory()
     tuned = MixedPrecisionInferer(SimpleInferer(), precision)
-    step = _training_step(SkipDenseSeg().to(device), tuned, batch_size, device, MuonAdamW)
+    step = _training_step(config.get_parsed_content("network"), tuned, batch_size, device, MuonAdamW)
     batches = iter(loader)
     waits, computing = [], []
     for _ in range(min(6, steps)):
@@ -350,28 +357,49 @@ def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]
     ]
 
 
-def bench(output_dir: str = "eval/bench", rounds: int = 3, subjects: int = 13, precision: str = "auto") -> None:
+def labeled_subject(dataset_dir: str) -> Subject:
+    """The first subject of a folder that has a label; InputError where none has one, or as `find_subjects`."""
+    labeled = [subject for subject in find_subjects(dataset_dir) if "label" in subject]
+    if not labeled:
+        raise InputError(f"--dataset_dir {dataset_dir}: has no labelled subject; give a folder with one, or none")
+    return labeled[0]
+
+
+def bench(
+    output_dir: str = "eval/bench",
+    rounds: int = 3,
+    subjects: int = 13,
+    precision: str = "auto",
+    dataset_dir: str | None = None,
+    published_in_full: bool = False,
+) -> None:
     """Measure this machine: training steps, one subject, growth with volume, the feed and a folder of subjects.
 
-    Prints tables and writes `bench.md` and `bench.json`. Takes 24 minutes on 2 cores without
-    bfloat16; run nothing else meanwhile.
+    Prints tables and writes `bench.md` and `bench.json`. Takes 25 minutes or so on 2 cores without bfloat16; run
+    nothing else meanwhile.
 
     Args:
         output_dir: where results go; phantom subjects are made in `subjects/` below it and kept.
         rounds: how often each way is timed; the median counts.
         subjects: unlabelled subjects that are segmented end to end.
         precision: of ours: auto, fp32, bf16 or fp16.
+        dataset_dir: whose first labelled subject is segmented in each way; a phantom is, if not given.
+        published_in_full: whether it is segmented the published way too, for its Dice and labels: 26 minutes or more
+            on 2 cores. Otherwise one of the windows is timed.
 
     Raises:
-        InputError: a number isn't a whole one of at least 1, the precision isn't known, or segmenting the folder fails.
+        InputError: a setting can't be, `dataset_dir` has no labelled subject, or segmenting the folder fails.
     """
     require_whole_numbers(1, rounds=rounds, subjects=subjects)
+    require_true_or_false(published_in_full=published_in_full)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = network_precision(device, precision)
     torch.manual_seed(0)
     output = Path(output_dir)
-    dataset_dir = output / "subjects"
-    phantom(str(dataset_dir), subjects=1, unlabeled=subjects, seed=5)
+    phantoms = output / "subjects"
+    subject = None if dataset_dir is None else labeled_subject(dataset_dir)
+    phantom(str(phantoms), subjects=1, unlabeled=subjects, seed=5)
+    subject = subject or labeled_subject(str(phantoms))
 
     keep_freed_memory()
     training_dtype = network_precision(device, precision, training=True)
@@ -389,10 +417,10 @@ def bench(output_dir: str = "eval/bench", rounds: int = 3, subjects: int = 13, p
     results = {
         "machine": [machine],
         f"training step, patch of {PATCH}^3": training_steps(device, precision, rounds, training_ceiling),
-        "one subject, network only": one_subject(device, precision, rounds, ceiling, dataset_dir),
+        "one subject, network only": one_subject(device, precision, rounds, ceiling, subject, published_in_full),
         "growth with volume": growth(device, precision, rounds),
-        "training feed, batch 4": feed(device, precision, dataset_dir),
-        "a folder of subjects, end to end": end_to_end(dataset_dir, output / "labels", precision),
+        "training feed, batch 4": feed(device, precision, phantoms),
+        "a folder of subjects, end to end": end_to_end(phantoms, output / "labels", precision),
     }
     tables = "\n\n".join(f"### {title}\n\n{markdown_table(rows)}" for title, rows in results.items())
     with whole_files(output) as temporary:

@@ -55,7 +55,34 @@ def test_one_subject_by_each_way(results):
     for row in (foreground, ours):
         assert 0.9 < row["labels as the first"] <= 1
         assert row["Dice"] == pytest.approx(common["Dice"], abs=0.05)
-    assert len(others) == 3
+    in_one_pass, in_windows = others[::2], others[1::2]
+    for name, once, often in zip(("DynUNet", "SegResNet", "UNet"), in_one_pass, in_windows, strict=True):
+        assert once["way"].startswith(name)
+        assert often["way"].startswith(name)
+        assert often["way"].endswith("in 32^3 windows")
+        assert often["seconds"] > once["seconds"]
+
+
+@pytest.mark.slow
+def test_own_subject_by_the_published_way_in_full(tmp_path, brains, monkeypatch):
+    monkeypatch.setattr(bench, "PATCH", 32)
+    save_subject(tmp_path, "7", brains[0], labeled=True)
+    subject = bench.labeled_subject(str(tmp_path))
+    published, common, _, ours, *_ = bench.one_subject(CPU, "fp32", 1, 1.0, subject, published_in_full=True)
+    assert published["way"] == "the published way: 120 windows at stride 8, float32"
+    assert published["times as fast as published"] == published["labels as the first"] == 1.0
+    assert published["seconds"] > common["seconds"] > ours["seconds"]
+    for row in (common, ours):
+        assert 0.9 < row["labels as the first"] < 1
+        assert row["Dice"] == pytest.approx(published["Dice"], abs=0.05)
+
+
+def test_folder_without_a_label_is_refused_before_anything_is_measured(tmp_path, brains):
+    save_subject(tmp_path / "scans", "1", brains[0], labeled=False)
+    for folder in ("scans", "nowhere"):
+        with pytest.raises(InputError, match=f"--dataset_dir .*{folder}: has no labelled subject"):
+            bench.bench(str(tmp_path / "out"), dataset_dir=str(tmp_path / folder))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.slow
