@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from monai.bundle import ConfigParser
+from monai.data.utils import dense_patch_slices
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from monai.metrics import compute_dice
 from monai.networks import one_hot
@@ -28,13 +29,12 @@ from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, networ
 from scripts.network import SkipDenseSeg
 from scripts.optimizer import MuonAdamW
 from scripts.phantom import phantom
-from scripts.subjects import Subject, find_subjects, subjects_to_segment
+from scripts.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
 from scripts.weights import load_weights
 from scripts.workflow import keep_freed_memory
 from scripts.writers import markdown_table, whole_files
 
 ROOT = Path(__file__).parents[1]
-TRAINING = ROOT / "configs" / "train.json"
 PATCH = 64
 PUBLISHED_STRIDE = 8
 CUBES = (96, 128, 192, 256)
@@ -48,9 +48,11 @@ def networks() -> dict[str, nn.Module]:
     The compact variant is that of `configs/train.json`, without dropout; the paper's has its dropout. DynUNet has the
     layers and features that nnU-Net plans for a patch of 64 voxels, without its deep supervision.
     """
-    recipes = ConfigParser(ConfigParser.load_config_file(RECIPES))
+    training, recipes = (
+        ConfigParser(ConfigParser.load_config_file(file)) for file in (ROOT / "configs" / "train.json", RECIPES)
+    )
     return {
-        "SkipDenseSeg compact": ConfigParser(ConfigParser.load_config_file(TRAINING)).get_parsed_content("network_def"),
+        "SkipDenseSeg compact": training.get_parsed_content("network_def"),
         "SkipDenseSeg paper": SkipDenseSeg(block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True),
         **{name: recipes.get_parsed_content(f"{name}#network_def") for name in ("DynUNet", "SegResNet", "UNet")},
     }
@@ -187,7 +189,7 @@ def _config(config_file: str, device: torch.device, precision: str, **settings: 
 
 
 def one_subject(
-    device: torch.device, precision: str, rounds: int, ceiling: float, files: Subject, published_in_full: bool
+    device: torch.device, precision: str, rounds: int, ceiling: float, subject: Subject, published_in_full: bool
 ) -> list[Row]:
     """Seconds for one subject, network only, by the published way, by common windows and by ours, with its labels."""
     network = SkipDenseSeg().to(device)
@@ -199,13 +201,11 @@ def one_subject(
     whole = _config("inference.json", device, "fp32", foreground_margin=1000)
     ours = _config("inference.json", device, precision)
     in_windows = _config("inference.json", device, precision, window_size=[PATCH] * 3).get_parsed_content("inferer")
-    volume = whole.get_parsed_content("preprocessing")(files)
-    box = ours.get_parsed_content("preprocessing")(files)
+    volume = whole.get_parsed_content("preprocessing")(subject)
+    box = ours.get_parsed_content("preprocessing")(subject)
     image, foreground = (item["image"][None].as_tensor().to(device) for item in (volume, box))
     window = image[..., :PATCH, :PATCH, :PATCH].contiguous()
-    windows = 1
-    for side in volume["t1"].shape[1:]:
-        windows *= max(side - PATCH, 0) // PUBLISHED_STRIDE + 1
+    windows = len(dense_patch_slices(image.shape[2:], [PATCH] * 3, [PUBLISHED_STRIDE] * 3))
     our_inferer = ours.get_parsed_content("inferer")
     tuned_common = MixedPrecisionInferer(common, precision)
 
@@ -218,9 +218,10 @@ def one_subject(
         return inferer(values, network)
 
     published_way = f"the published way: {windows:,} windows at stride {PUBLISHED_STRIDE}, float32"
+    common_way = f"{PATCH}^3 windows, overlap 0.5, whole volume, float32"
     calls: dict[str, tuple[Callable[[], Any], Any]] = {
         **({published_way: (lambda: segment(dense, image), whole)} if published_in_full else {}),
-        f"{PATCH}^3 windows, overlap 0.5, whole volume, float32": (lambda: segment(common, image), whole),
+        common_way: (lambda: segment(common, image), whole),
         "the same over the foreground, our precision": (lambda: segment(tuned_common, foreground), ours),
         "ours": (lambda: segment(our_inferer, foreground), ours),
     }
@@ -230,8 +231,8 @@ def one_subject(
             lambda other=other: segment(our_inferer, foreground, other),
             None,
         )
-        # one pass costs them Dice: they normalise over all that they are given
-        calls[f"{name}, the same in {PATCH}^3 windows"] = (
+        # they normalise over all that they are given, so that one pass costs them Dice
+        calls[f"{name}, the same in {PATCH}^3 windows, overlap 0.25"] = (
             lambda other=other: segment(in_windows, foreground, other),
             None,
         )
@@ -243,9 +244,12 @@ def one_subject(
     for name, (call, config) in tqdm(calls.items(), desc="one subject, labels", mininterval=1.0):
         keep_freed_memory()
         logits: list[torch.Tensor] = []
-        begin = time.perf_counter()
-        memory = peak_memory(lambda call=call, logits=logits: logits.append(call()), device)
-        rows[name] = {"way": name, "seconds": time.perf_counter() - begin, "peak GB": memory}
+        row = rows[name] = {"way": name}
+
+        def once(call: Callable[[], Any] = call, logits: list[torch.Tensor] = logits, row: Row = row) -> None:
+            row["seconds"] = seconds_of(lambda: logits.append(call()), device)
+
+        row["peak GB"] = peak_memory(once, device)
         if config is not None:
             item = volume if config is whole else box
             found = config.get_parsed_content("postprocessing")(
@@ -253,21 +257,23 @@ def one_subject(
             )
             labels[name] = found["pred"]
             reference = next(iter(labels.values()))
-            rows[name]["Dice"] = float(
+            row["Dice"] = float(
                 compute_dice(one_hot(found["pred"][None].long(), 4), truth, include_background=False).mean()
             )
-            rows[name]["labels as the first"] = float((found["pred"] == reference)[0][brain].float().mean())
-    # the ways over the whole volume are long enough to be timed once
+            row["labels as the first"] = float((found["pred"] == reference)[0][brain].float().mean())
     ways = {name: (keep_freed_memory, call) for name, (call, config) in calls.items() if config is not whole}
-    medians = interleaved_medians(ways | {"window": (keep_freed_memory, window_pass)}, rounds, device, "one subject")
-    published = medians.pop("window") * windows
+    if not published_in_full:
+        ways[published_way] = (keep_freed_memory, window_pass)
+        rows = {published_way: {"way": f"{published_way} (one timed, multiplied)"}} | rows
+    medians = interleaved_medians(ways, rounds, device, "one subject")
+    if not published_in_full:
+        medians[published_way] *= windows
+    # long enough to be timed once, when all is warm; the published way in full is too long to be repeated at all
+    medians[common_way] = seconds_of(calls[common_way][0], device)
     with FlopCounterMode(display=False) as counter:
         calls["ours"][0]()
-    if not published_in_full:
-        multiplied = {"way": f"{published_way} (one timed, multiplied)", "seconds": published}
-        rows = {published_way: multiplied} | rows
     for name, row in rows.items():
-        row["seconds"] = medians.get(name, row["seconds"])
+        row["seconds"] = medians.get(name, row.get("seconds"))
         row["times as fast as published"] = rows[published_way]["seconds"] / row["seconds"]
     rows["ours"]["share of the ceiling"] = counter.get_total_flops() / medians["ours"] / 1e9 / ceiling
     return list(rows.values())
@@ -360,8 +366,7 @@ def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]
 def labeled_subject(dataset_dir: str) -> Subject:
     """The first subject of a folder that has a label; InputError where none has one, or as `find_subjects`."""
     labeled = [subject for subject in find_subjects(dataset_dir) if "label" in subject]
-    if not labeled:
-        raise InputError(f"--dataset_dir {dataset_dir}: has no labelled subject; give a folder with one, or none")
+    require_subjects(labeled, dataset_dir, "measure")
     return labeled[0]
 
 
@@ -375,8 +380,8 @@ def bench(
 ) -> None:
     """Measure this machine: training steps, one subject, growth with volume, the feed and a folder of subjects.
 
-    Prints tables and writes `bench.md` and `bench.json`. Takes 25 minutes or so on 2 cores without bfloat16; run
-    nothing else meanwhile.
+    Prints tables and writes `bench.md` and `bench.json`. Takes 9 minutes on 2 cores with bfloat16 and about
+    half an hour without; run nothing else meanwhile.
 
     Args:
         output_dir: where results go; phantom subjects are made in `subjects/` below it and kept.
@@ -384,8 +389,8 @@ def bench(
         subjects: unlabelled subjects that are segmented end to end.
         precision: of ours: auto, fp32, bf16 or fp16.
         dataset_dir: whose first labelled subject is segmented in each way; a phantom is, if not given.
-        published_in_full: whether it is segmented the published way too, for its Dice and labels: 26 minutes or more
-            on 2 cores. Otherwise one of the windows is timed.
+        published_in_full: whether it is segmented the published way too, for its Dice and labels: half an hour to an
+            hour more on 2 cores. Otherwise one of the windows is timed.
 
     Raises:
         InputError: a setting can't be, `dataset_dir` has no labelled subject, or segmenting the folder fails.

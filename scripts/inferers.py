@@ -107,18 +107,21 @@ def _make_bias_exact(convolution: nn.Conv3d, following: nn.Conv3d) -> None:
 
     A rounded bias moves all voxels of a feature alike, which no later sum evens out. `following` undoes the scale.
     """
-    bias = convolution.bias
-    scale = bias.bfloat16().float() / bias
-    scale = torch.where(scale.isfinite() & (scale > 0), scale, 1)  # but for biases of 0 and near it
+    rounded = convolution.bias.bfloat16().to(convolution.bias.dtype)
+    scale = rounded / convolution.bias
+    possible = scale.isfinite() & (scale > 0)  # it isn't for biases of 0 and near it
+    scale = torch.where(possible, scale, 1)
+    convolution.bias.copy_(torch.where(possible, rounded, convolution.bias))
     convolution.weight.mul_(scale[:, None, None, None, None])
-    convolution.bias.mul_(scale)
     following.weight.div_(scale[:, None, None, None])
 
 
 def folded(network: nn.Module) -> nn.Module:
     """A copy of a network in evaluation mode in which each batch norm right behind a convolution is part of it.
 
-    The logits are those of the network but for rounding, with fewer passes over memory.
+    The logits are those of the network but for rounding, with fewer passes over memory. In an nn.Sequential, whose
+    children must run in their order, features between two convolutions with a ReLU there may be scaled, see
+    `_make_bias_exact`.
     """
     network = copy.deepcopy(network)
     for parent in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
@@ -128,8 +131,8 @@ def folded(network: nn.Module) -> nn.Module:
                 setattr(parent, next_name, nn.Identity())
         layers = [layer for layer in parent.children() if not isinstance(layer, nn.Identity)]
         for first, between, second in zip(layers, layers[1:], layers[2:], strict=False):
-            convolutions = isinstance(first, nn.Conv3d) and isinstance(second, nn.Conv3d) and second.groups == 1
-            if convolutions and isinstance(between, nn.ReLU) and first.bias is not None:
+            kinds = (first, nn.Conv3d), (between, nn.ReLU), (second, nn.Conv3d)
+            if all(isinstance(*pair) for pair in kinds) and first.bias is not None and second.groups == 1:
                 _make_bias_exact(first, second)
     return network
 

@@ -347,7 +347,7 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
     Args:
         chosen: the subjects chosen for the purpose.
         dataset_dir: where they were looked for.
-        purpose: 'train', 'validate' or 'segment', for the message.
+        purpose: 'train', 'validate', 'segment' or 'measure', for the message.
 
     Raises:
         InputError: `chosen` is empty.
@@ -365,6 +365,7 @@ def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> N
     remedy = {
         "train": "training takes the labelled ones that val_subjects doesn't name; add some or name fewer",
         "validate": "val_subjects names none; name at least one labelled subject",
+        "measure": "the first labelled one is taken; name a folder with one",
         "segment": "by default those without a label are segmented; name others by --subjects \"['9']\"",
     }[purpose]
     raise InputError(

@@ -159,7 +159,7 @@ def require_labels_of_plain_float32(image, truth, network, precision, least):
     brain, plain = truth > 0, probabilities.argmax(0)
     first, second = probabilities.topk(2, dim=0).values
     same, sure = plain == ours, brain & (first - second > 0.05)
-    assert same[brain].float().mean() >= (least if precision == "bf16" else 0.9999)
+    assert same[brain].float().mean() >= least
     # near ties alone may be decided otherwise
     assert sure.sum() > 0.98 * brain.sum()
     assert same[sure].float().mean() >= 0.9999
@@ -167,17 +167,20 @@ def require_labels_of_plain_float32(image, truth, network, precision, least):
     assert mean_dice(plain, truth) > 0.8
 
 
-@pytest.mark.parametrize("precision", PRECISIONS_HERE)
-def test_trained_network_labels_a_phantom_as_in_plain_float32(phantom_brain, trained_network, precision):
+@pytest.mark.parametrize(
     # trained on other brains, the network is less sure of a phantom, so there are more near ties
-    require_labels_of_plain_float32(*phantom_brain, trained_network, precision, 0.998)
+    ("precision", "least"), [("fp32", 0.9999), pytest.param("bf16", 0.9984, marks=BF16_IN_HARDWARE)],
+)  # fmt: skip
+def test_trained_network_labels_a_phantom_as_in_plain_float32(phantom_brain, trained_network, precision, least):
+    require_labels_of_plain_float32(*phantom_brain, trained_network, precision, least)
 
 
-@pytest.mark.parametrize("precision", PRECISIONS_HERE)
-def test_trained_network_labels_a_brain_as_in_plain_float32(synthetic_brain, trained_network, precision):
-    require_labels_of_plain_float32(*synthetic_brain, trained_network, precision, 0.999)
+@BF16_IN_HARDWARE
+def test_trained_network_labels_a_brain_as_in_plain_float32(synthetic_brain, trained_network):
+    require_labels_of_plain_float32(*synthetic_brain, trained_network, "bf16", 0.9991)
 
 
+@pytest.mark.slow
 def test_one_pass_is_as_good_as_overlapping_windows(synthetic_brain, trained_network):
     image, truth = synthetic_brain
     with torch.inference_mode():
@@ -235,7 +238,7 @@ def test_bfloat16_holds_the_biases_of_folded_batch_norms(trained_network):
     ]
     assert len(convolutions) == 11
     for convolution in convolutions:
-        torch.testing.assert_close(convolution.bias.bfloat16().float(), convolution.bias.detach(), rtol=1e-6, atol=0)
+        assert torch.equal(convolution.bias.bfloat16().float(), convolution.bias)
     image = torch.randn(1, 2, 32, 32, 32)
     with torch.no_grad():
         torch.testing.assert_close(folded(trained_network)(image), trained_network(image), rtol=1e-4, atol=1e-4)
