@@ -232,7 +232,7 @@ def one_subject(
             None,
         )
         # they normalise over all that they are given, so that one pass costs them Dice
-        calls[f"{name}, the same in {PATCH}^3 windows, overlap 0.25"] = (
+        calls[f"{name}, the same in {PATCH}^3 windows, overlap {ours['inferer#inferer#inferer#overlap']}"] = (
             lambda other=other: segment(in_windows, foreground, other),
             None,
         )
@@ -380,8 +380,8 @@ def bench(
 ) -> None:
     """Measure this machine: training steps, one subject, growth with volume, the feed and a folder of subjects.
 
-    Prints tables and writes `bench.md` and `bench.json`. Takes 9 minutes on 2 cores with bfloat16 and about
-    half an hour without; run nothing else meanwhile.
+    Prints tables and writes `bench.md` and `bench.json`. Takes 9 minutes on 2 cores with bfloat16, longer
+    without; run nothing else meanwhile.
 
     Args:
         output_dir: where results go; phantom subjects are made in `subjects/` below it and kept.
