@@ -15,9 +15,9 @@ from scripts.import_weights import import_weights
 from scripts.package import package
 from scripts.phantom import phantom
 from scripts.robustness import robustness
+from scripts.settings import given_options, nearest
 from scripts.submission import submission
 from scripts.synthesize import synthesize
-from scripts.workflow import given_options, nearest
 
 COMMANDS = {
     "phantom": phantom,

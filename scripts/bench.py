@@ -25,14 +25,15 @@ from tqdm import tqdm
 
 from scripts.compare_recipes import RECIPES
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers
+from scripts.files import whole_files
 from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
+from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
 from scripts.optimizer import MuonAdamW
 from scripts.phantom import phantom
 from scripts.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
 from scripts.weights import load_weights
-from scripts.workflow import keep_freed_memory
-from scripts.writers import markdown_table, whole_files
+from scripts.writers import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PATCH = 64

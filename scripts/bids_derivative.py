@@ -11,11 +11,12 @@ from ignite.engine import Engine, Events
 
 from scripts.bids import DESC, read_json
 from scripts.errors import InputError
+from scripts.files import whole_files
 from scripts.metrics import VolumeTable, tissue_volumes
 from scripts.provenance import metadata
 from scripts.subjects import Subject, place
-from scripts.transforms import Tissue
-from scripts.writers import result_path, segmented_subjects, whole_files, write_csv
+from scripts.tissues import Tissue
+from scripts.writers import result_path, segmented_subjects, write_csv
 
 BIDS_VERSION = "1.11.1"
 LONGEST_DOI = 200

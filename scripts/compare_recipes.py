@@ -20,10 +20,12 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, require_whole_numbers
-from scripts.metrics import TISSUES, mean_and_deviation
+from scripts.files import whole_files
+from scripts.metrics import mean_and_deviation
+from scripts.settings import nearest, unknown_setting
 from scripts.subjects import Ids, require_subjects, training_subjects, validation_subjects
-from scripts.workflow import nearest, unknown_setting
-from scripts.writers import markdown_table, read_csv, whole_files, write_csv
+from scripts.tissues import TISSUES
+from scripts.writers import markdown_table, read_csv, write_csv
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 RECIPES = CONFIGS / "comparison.json"

@@ -13,10 +13,12 @@ from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError
-from scripts.metrics import TISSUES, mean_and_deviation
+from scripts.files import whole_files
+from scripts.metrics import mean_and_deviation
+from scripts.settings import unknown_setting
 from scripts.subjects import natural_order, require_subjects, training_subjects
-from scripts.workflow import unknown_setting
-from scripts.writers import markdown_table, read_csv, whole_files, write_csv
+from scripts.tissues import TISSUES
+from scripts.writers import markdown_table, read_csv, write_csv
 
 ROOT = Path(__file__).parents[1]
 # settings that each fold has its own of

@@ -24,8 +24,8 @@ from tqdm import trange
 
 from scripts.distributed import gathered
 from scripts.errors import InputError, input_error_in
-from scripts.inferers import available_memory
-from scripts.writers import UNFINISHED
+from scripts.files import UNFINISHED
+from scripts.machine import available_memory
 
 LOCK = ".lock"
 

@@ -10,30 +10,10 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 import ignite.distributed as idist
-import torch
 import torch.distributed
 from torch import nn
 
-from scripts.errors import InputError
-
 Item = TypeVar("Item")
-
-
-def own_device() -> torch.device:
-    """The accelerator that PyTorch finds, of several the one of this process's rank on its machine; else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator().type
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def require_device(device: torch.device | str) -> None:
-    """Refuse, by InputError, a device that torch doesn't know, that this machine hasn't or that can't be used."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # each kind of device has its own
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: can't be used ({reason}); give one like cpu or cuda:0") from error
 
 
 def own_rank() -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from scripts.errors import InputError, ran_out_of_memory
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 
 # as tested; also in requirements-dev.txt
 ONNXRUNTIME = "onnxruntime==1.32.0"

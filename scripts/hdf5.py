@@ -9,9 +9,9 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, Spacingd
 from tqdm import tqdm
 
 from scripts.errors import InputError
+from scripts.files import whole_files
 from scripts.subjects import Ids, Subject, find_subjects, require_subjects, training_subjects, validation_subjects
 from scripts.transforms import LoadSubjectd, NormalizeByT1Maskd, require_found_brain
-from scripts.writers import whole_files
 
 TRAINING_FOLDER = "data_train_no_cut"
 VALIDATION_FOLDER = "data_val_no_cut"

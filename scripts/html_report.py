@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from scripts.distributed import gathered
+from scripts.files import whole_files
 from scripts.metrics import tissue_volumes
 from scripts.provenance import ProvenanceSaver
 from scripts.report import (
@@ -44,8 +45,8 @@ from scripts.report_warnings import (
     usual_range,
     volume_out_of_range,
 )
-from scripts.transforms import Tissue
-from scripts.writers import BackgroundWriter, read_csv, whole_files
+from scripts.tissues import Tissue
+from scripts.writers import BackgroundWriter, read_csv
 
 HERE = Path(__file__).parent
 NAME = "report.html"

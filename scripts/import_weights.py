@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from scripts.errors import InputError
+from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
 from scripts.weights import read_checkpoint, require_fit
-from scripts.writers import whole_files
 
 # what each published variant sets in network_def
 VARIANTS: dict[str, dict[str, Any]] = {

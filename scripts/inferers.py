@@ -7,10 +7,8 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from ignite.engine import Engine, Events
 from monai.inferers import Inferer, SlidingWindowInferer
@@ -20,7 +18,10 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from scripts.errors import InputError, ran_out_of_memory, require_true_or_false, require_whole_numbers
 from scripts.exported import ExportedNetwork, is_exported
+from scripts.machine import available_memory
 from scripts.weights import checkpoint_paths, load_weights
+
+logger = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MEMORY_FORMATS = {name: getattr(torch, name) for name in ("channels_last_3d", "contiguous_format")}
@@ -30,16 +31,6 @@ UNCERTAINTIES = ("network", "flips", "dropout")
 # Memory of a forward pass for each voxel of a window, in bytes: the most measured over volumes of 128^3 and more, on a
 # processor without AVX-512, where convolutions need the most beside their results. Half precision halves it.
 BYTES_PER_VOXEL = 1500
-
-CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# by the kind of a control group, none in version 2: files of its limit and of what is used of it, and the entry of
-# memory.stat that tells what of this files take that weren't read lately
-CGROUP_FILES = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
-
-logger = logging.getLogger(__name__)
 
 
 def network_precision(device: torch.device, precision: str, training: bool = False) -> torch.dtype:
@@ -180,49 +171,6 @@ class MixedPrecisionInferer(Inferer):
 
         with torch.autocast(inputs.device.type, dtype=dtype, enabled=dtype != torch.float32):
             return self.inferer(inputs, run, *args, **kwargs)
-
-
-def left_by_groups(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
-    """Bytes that Linux's control groups leave to this process: that of its container or job and those above it.
-
-    None where there are no groups or no limits. What they hold of files that were read counts as free, for it is given
-    up when memory is needed.
-
-    Args:
-        mount: where the groups lie, of version 1 or 2.
-        own: tells which ones are this process's.
-    """
-    left = []
-    for line in own.read_text().splitlines() if own.is_file() else ():
-        _, kind, path = line.split(":", 2)
-        if kind not in CGROUP_FILES:
-            continue
-        limit, used, cache = CGROUP_FILES[kind]
-        top = mount / kind
-        group = top / path.lstrip("/")
-        for each in (group, *group.parents):
-            # in a container its own group may lie at the top, and none where it is told to be
-            if not each.is_relative_to(top) or not (each / limit).is_file():
-                continue
-            if (allowed := (each / limit).read_text().strip()) == "max":
-                continue
-            stat = each / "memory.stat"
-            held = dict(row.split() for row in stat.read_text().splitlines()) if stat.is_file() else {}
-            left.append(int(allowed) - int((each / used).read_text()) + int(held.get(cache, 0)))
-    return left
-
-
-def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device: what is free on a GPU; else what system, container and user leave."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    limits = [psutil.virtual_memory().available, *left_by_groups()]
-    process = psutil.Process()
-    if hasattr(process, "rlimit"):  # Linux
-        allowed = process.rlimit(psutil.RLIMIT_AS)[0]
-        if allowed != psutil.RLIM_INFINITY:
-            limits.append(allowed - process.memory_info().vms)
-    return max(0, min(limits))
 
 
 def fitting_window(size: Sequence[int], voxels: float, step: int = 16) -> list[int]:

@@ -17,10 +17,9 @@ from monai.networks import one_hot
 
 from scripts.distributed import gathered
 from scripts.errors import InputError
-from scripts.transforms import Tissue
-from scripts.writers import markdown_table, read_csv, segmented_subjects, whole_files, write_csv
-
-TISSUES = tuple(tissue.name.lower() for tissue in Tissue)
+from scripts.files import whole_files
+from scripts.tissues import TISSUES, Tissue
+from scripts.writers import markdown_table, read_csv, segmented_subjects, write_csv
 
 
 def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]) -> dict[str, float]:

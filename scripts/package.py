@@ -8,8 +8,8 @@ from pathlib import Path
 from monai.bundle import ConfigParser
 
 from scripts.errors import InputError
+from scripts.files import add_to_zip, whole_files
 from scripts.weights import read_checkpoint, require_fit
-from scripts.writers import add_to_zip, whole_files
 
 ROOT = Path(__file__).parents[1]
 NAME = "infant_brain_mri_skipdenseseg"

@@ -8,7 +8,7 @@ import torch
 from monai.transforms import Transform
 from monai.utils import convert_to_dst_type
 
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 from scripts.writers import BackgroundWriter, result_path, write_map
 
 

@@ -6,7 +6,7 @@ import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 
-from scripts.writers import whole_files
+from scripts.files import whole_files
 
 
 class TraceSaver:

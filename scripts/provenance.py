@@ -18,11 +18,11 @@ from ignite.engine import Engine, Events
 from monai.engines import Trainer
 
 from scripts.exported import is_exported
+from scripts.files import whole_files
 from scripts.inferers import network_precision
 from scripts.package import NAME
 from scripts.storage import without_credentials
 from scripts.weights import begins, checkpoint_paths, holds
-from scripts.writers import whole_files
 
 METADATA = Path(__file__).parents[1] / "configs" / "metadata.json"
 GIVEN = "not used: weights were given by the calling program"

@@ -14,8 +14,9 @@ from matplotlib.patches import Patch
 from monai.data import MetaTensor
 from monai.engines import IterationEvents
 
-from scripts.transforms import Tissue
-from scripts.writers import BackgroundWriter, result_path, whole_files
+from scripts.files import whole_files
+from scripts.tissues import Tissue
+from scripts.writers import BackgroundWriter, result_path
 
 # told apart, and from grey, without colour vision of one kind or another: three of Okabe and Ito's, and violet
 TISSUE_COLORS = {Tissue.CSF: "#56b4e9", Tissue.GM: "#d55e00", Tissue.WM: "#f0e442"}

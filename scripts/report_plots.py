@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_file_loader import LegacyEventFi
 
 from scripts.report import TISSUE_COLORS
 from scripts.report_warnings import usual_range
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 
 # names of TensorBoard's curves
 TRAINING_LOSS = "train_loss"

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from scripts.registration import has_values
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 
 # ml, mean and standard deviation as reported for these; this project hasn't measured them
 SOURCE = "the ten training subjects of iSeg-2017"

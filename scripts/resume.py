@@ -23,8 +23,8 @@ from torch.nn.modules.loss import _Loss
 from scripts.datasets import epoch_seed
 from scripts.distributed import gathered
 from scripts.errors import InputError, require_true_or_false
+from scripts.files import whole_files
 from scripts.weights import begins, load_weights
-from scripts.writers import whole_files
 
 
 def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:

@@ -15,12 +15,12 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
-from scripts.distributed import require_device
 from scripts.errors import InputError, input_error_in, require_whole_numbers
+from scripts.machine import require_device
 from scripts.metrics import tissue_volumes
+from scripts.settings import unknown_setting
 from scripts.transforms import VolumeInMemory
 from scripts.weights import CheckpointLoader
-from scripts.workflow import unknown_setting
 
 ROOT = Path(__file__).parents[1]
 # what of configs/inference.json is about the files of the command

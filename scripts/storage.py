@@ -31,7 +31,8 @@ from tqdm import tqdm
 
 from scripts.bids import needed_files
 from scripts.errors import InputError, require_path
-from scripts.writers import UNFINISHED, BackgroundWriter, whole_files
+from scripts.files import UNFINISHED, whole_files
+from scripts.writers import BackgroundWriter
 
 PATIENCE = 60.0  # seconds for which a server that doesn't answer is asked again
 # where an upload appears whole or not at all, so that it needs no temporary name

@@ -9,9 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.errors import InputError
+from scripts.files import add_to_zip, whole_files
 from scripts.subjects import Ids, find_labels, require_subjects, subjects_to_segment
-from scripts.transforms import Tissue, read_volume, require_same_grid, tissue_labels
-from scripts.writers import add_to_zip, whole_files, write_label
+from scripts.tissues import Tissue, tissue_labels
+from scripts.transforms import read_volume, require_same_grid
+from scripts.writers import write_label
 
 TEST_SUBJECTS = tuple(range(11, 24))
 

@@ -19,7 +19,7 @@ from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
 from scipy.stats import norm
 
 from scripts.errors import InputError
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from monai.utils import ensure_tuple
 from tqdm import tqdm
 
 from scripts.errors import InputError, require_whole_numbers
+from scripts.files import made_already, whole_files
 from scripts.synthesis import APPEARANCES, histogram_overlap, six_month_subject
-from scripts.transforms import Tissue, read_volume, tissue_labels
-from scripts.writers import made_already, markdown_table, whole_files
+from scripts.tissues import Tissue, tissue_labels
+from scripts.transforms import read_volume
+from scripts.writers import markdown_table
 
 SUFFIXES = (".nii.gz", ".nii", ".hdr")
 # voxel sides in mm between which the smoothness of noise, texture and myelination, which is in voxels, makes sense

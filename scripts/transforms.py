@@ -5,7 +5,6 @@ import logging
 import math
 import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,9 @@ from nibabel.openers import ImageOpener
 
 from scripts.errors import InputError, ran_out_of_memory
 from scripts.registration import LARGEST_NEGATIVE_SHARE, has_values, not_registered
+from scripts.tissues import ISEG_AFFINE, tissue_labels
 
 logger = logging.getLogger(__name__)
-
-
-class Tissue(IntEnum):
-    """Labels in memory and in NIfTI files; 0 is background."""
-
-    CSF = 1
-    GM = 2
-    WM = 3
 
 
 class VolumeInMemory(str):
@@ -39,10 +31,6 @@ class VolumeInMemory(str):
     image: nib.spatialimages.SpatialImage
 
 
-# label values in iSeg files; their places are the labels in memory: background, CSF, GM, WM
-ISEG_VALUES = (0, 10, 150, 250)
-# affine of an iSeg volume, LAS and 1 mm, up to its origin; HDF5 files have none of their own
-ISEG_AFFINE = np.diag([-1.0, 1.0, 1.0, 1.0])
 # ml, CSF included; a scan that wasn't skull-stripped has more above 0: the head, and noise in the air around it
 LARGEST_BRAIN = 2000
 # what is beyond these is no brain scan, and a damaged or hostile file must not fill the memory
@@ -240,25 +228,6 @@ def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, 
 def _by_channel(t1: np.ndarray, t2: np.ndarray) -> np.ndarray:
     """T1 and T2 in one array, in C order: in that of the disk it takes 4 to 9 times as long to select voxels."""
     return np.stack([t1, t2], out=np.empty((2, *t1.shape), np.float32))
-
-
-def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
-    """Labels 0 to 3 (uint8, any shape) from label values as iSeg has them (0, 10, 150, 250) or 0 to 3 as they are.
-
-    Raises:
-        InputError: another value occurs, or the two sets are mixed.
-    """
-    in_memory, in_iseg = {0, *Tissue}, set(ISEG_VALUES)
-    remedy = f"use {ISEG_VALUES} or 0, 1, 2, 3 for background, CSF, GM, WM"
-    found = np.unique(values)
-    if (unknown := found[~np.isin(found, [*in_memory, *in_iseg])]).size:
-        raise InputError(f"{path}: label value {unknown[0]:g} isn't known; {remedy}")
-    present = set(found.tolist())
-    if present <= in_memory:
-        return values.astype(np.uint8)
-    if not present <= in_iseg:
-        raise InputError(f"{path}: mixes iSeg's label values with 1, 2, 3; {remedy}")
-    return np.searchsorted(ISEG_VALUES, values).astype(np.uint8)
 
 
 def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:

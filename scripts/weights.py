@@ -17,7 +17,7 @@ from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, ran_out_of_memory, require_path
 from scripts.exported import is_exported
-from scripts.writers import whole_files
+from scripts.files import whole_files
 
 
 def read_checkpoint(path: str) -> Any:

@@ -19,7 +19,7 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff
 from scipy.io import savemat
 
-from scripts.transforms import ISEG_VALUES
+from scripts.tissues import ISEG_VALUES
 from scripts.writers import write_analyze
 
 LAS = np.diag([-1.0, 1, 1, 1])

@@ -28,7 +28,7 @@ from scipy.ndimage import zoom
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
-from scripts.transforms import ISEG_VALUES
+from scripts.tissues import ISEG_VALUES
 from scripts.writers import write_analyze
 
 matplotlib.use("Agg")

@@ -22,9 +22,10 @@ from monai.transforms import Compose
 
 from scripts.import_weights import import_weights
 from scripts.network import SkipDenseSeg
+from scripts.settings import given_options, refuse_unknown_overrides
 from scripts.subjects import find_subjects
 from scripts.weights import load_weights
-from scripts.workflow import given_options, refuse_unknown_overrides, require_training_settings
+from scripts.workflow import require_training_settings
 from scripts.writers import write_label
 from tests.bad_subjects import T1, big_endian, hdf5, save
 

@@ -28,7 +28,7 @@ from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
 from scripts.segment import segment as segment_files
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
-from scripts.transforms import tissue_labels
+from scripts.tissues import tissue_labels
 from scripts.writers import read_csv
 
 EVALUATE = "['configs/train.json','configs/evaluate.json']"

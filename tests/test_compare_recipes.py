@@ -9,7 +9,7 @@ from test_tracking import tensorboard_log
 
 from scripts.compare_recipes import _summary, compare_recipes
 from scripts.errors import InputError
-from scripts.workflow import unknown_setting
+from scripts.settings import unknown_setting
 from scripts.writers import read_csv
 
 RECIPES = json.loads((ROOT / "configs" / "comparison.json").read_text())

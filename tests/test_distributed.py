@@ -15,8 +15,8 @@ import torch
 from conftest import QUICK, ROOT, bundle, save_subject
 from ignite.engine import Engine
 
-from scripts.distributed import own_device
 from scripts.errors import InputError
+from scripts.machine import own_device
 from scripts.resume import ResumableTraining
 from scripts.writers import read_csv
 

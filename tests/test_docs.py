@@ -19,7 +19,7 @@ import yaml
 from conftest import QUICK, ROOT, bundle, copy_bundle, s3_server, save_subject, save_volume, server_environment
 
 from scripts.network import SkipDenseSeg
-from scripts.workflow import refuse_unknown_overrides
+from scripts.settings import refuse_unknown_overrides
 
 PAGES = ["README.md", *(str(path.relative_to(ROOT)) for path in sorted((ROOT / "docs").glob("*.md")))]
 

@@ -22,7 +22,8 @@ from test_distributed import run, torchrun
 from test_resume import same
 
 from scripts.errors import InputError, one_line_of
-from scripts.writers import alone, read_csv, whole_files
+from scripts.files import alone, whole_files
+from scripts.writers import read_csv
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ from scripts.phantom import label_map
 from scripts.provenance import ProvenanceSaver
 from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 from scripts.weights import load_weights
 from scripts.writers import write_csv
 

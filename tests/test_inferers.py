@@ -18,13 +18,12 @@ from scripts.inferers import (
     AveragingInferer,
     LargestWindowInferer,
     MixedPrecisionInferer,
-    available_memory,
     fitting_window,
     folded,
-    left_by_groups,
     needs_loss_scaling,
     network_precision,
 )
+from scripts.machine import available_memory, left_by_groups
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, nominal, six_month_image, six_month_subject

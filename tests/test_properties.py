@@ -25,7 +25,8 @@ from scripts.hdf5 import prepare_hdf5
 from scripts.metrics import tissue_scores
 from scripts.phantom import label_map
 from scripts.subjects import find_subjects
-from scripts.transforms import ISEG_VALUES, read_hdf5, read_volume, tissue_labels
+from scripts.tissues import ISEG_VALUES, tissue_labels
+from scripts.transforms import read_hdf5, read_volume
 from scripts.writers import LabelSaver, write_analyze, write_label
 
 ORIENTATIONS = [

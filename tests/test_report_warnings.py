@@ -20,7 +20,7 @@ from scripts.report_warnings import (
     usual_range,
     volume_out_of_range,
 )
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 
 
 @pytest.mark.parametrize("tissue", list(Tissue))

@@ -18,7 +18,7 @@ from scripts.errors import InputError
 from scripts.phantom import label_map
 from scripts.segment import Segmentation, Segmenter, segment
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
-from scripts.transforms import Tissue
+from scripts.tissues import Tissue
 from scripts.writers import read_csv, write_analyze
 
 PAGE = (ROOT / "docs" / "from_python.md").read_text()

@@ -28,9 +28,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from scripts import storage
 from scripts.errors import InputError
+from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
 from scripts.storage import CopyOut, StorageError, StoredFolder, local_dataset, local_results
-from scripts.writers import BackgroundWriter, read_csv, whole_files
+from scripts.writers import BackgroundWriter, read_csv
 
 EVALUATE = "['configs/train.json','configs/evaluate.json']"
 

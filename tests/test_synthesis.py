@@ -15,7 +15,8 @@ from scripts.synthesis import (
     six_month_subject,
     varied,
 )
-from scripts.transforms import NormalizeByT1Maskd, Tissue
+from scripts.tissues import Tissue
+from scripts.transforms import NormalizeByT1Maskd
 
 
 @pytest.fixture

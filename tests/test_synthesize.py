@@ -7,7 +7,7 @@ from scripts.errors import InputError
 from scripts.subjects import find_subjects
 from scripts.synthesis import histogram_overlap
 from scripts.synthesize import read_label_map, synthesize
-from scripts.transforms import ISEG_VALUES
+from scripts.tissues import ISEG_VALUES
 
 
 @pytest.fixture(scope="module")

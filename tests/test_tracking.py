@@ -32,8 +32,8 @@ from test_resume import KILLED
 from torch.utils.tensorboard import SummaryWriter
 
 from scripts.errors import InputError
+from scripts.settings import require_tracking_package
 from scripts.tracking import PictureLog, run_name, with_run
-from scripts.workflow import require_tracking_package
 
 PAGE = "docs/experiment_tracking.md"
 TRAIN = ("run", "training", "--config_file", "configs/train.json", *QUICK, "--epochs", "3")

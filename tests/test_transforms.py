@@ -10,14 +10,8 @@ from monai.transforms import AsDiscreted, Spacingd
 
 from scripts.errors import InputError
 from scripts.subjects import find_subjects
-from scripts.transforms import (
-    LoadSubjectd,
-    MostLikelyTissued,
-    NormalizeByT1Maskd,
-    read_hdf5,
-    read_volume,
-    tissue_labels,
-)
+from scripts.tissues import tissue_labels
+from scripts.transforms import LoadSubjectd, MostLikelyTissued, NormalizeByT1Maskd, read_hdf5, read_volume
 from scripts.weights import read_checkpoint
 
 RNG = np.random.default_rng(0)

@@ -10,13 +10,10 @@ from conftest import ROOT, bundle, last_line
 
 from scripts import errors
 from scripts.errors import InputError, require_whole_numbers
+from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
-from scripts.workflow import (
-    keep_freed_memory,
-    refuse_unknown_overrides,
-    require_training_settings,
-    start,
-)
+from scripts.settings import refuse_unknown_overrides
+from scripts.workflow import require_training_settings, start
 
 TRAIN = str(ROOT / "configs" / "train.json")
 EVALUATE = str(ROOT / "configs" / "evaluate.json")

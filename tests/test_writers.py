@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 from scripts.errors import InputError
-from scripts.writers import LabelSaver, markdown_table, whole_files, write_analyze, write_csv, write_label, write_map
+from scripts.files import whole_files
+from scripts.writers import LabelSaver, markdown_table, write_analyze, write_csv, write_label, write_map
 
 RNG = np.random.default_rng(1)
 LABEL = RNG.integers(0, 4, (5, 6, 7)).astype(np.uint8)
