@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from scripts.compare_recipes import RECIPES
+from scripts.data.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers
 from scripts.files import whole_files
 from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
@@ -31,7 +32,6 @@ from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
 from scripts.optimizer import MuonAdamW
 from scripts.phantom import phantom
-from scripts.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
 from scripts.weights import load_weights
 from scripts.writers import markdown_table
 

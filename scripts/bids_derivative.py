@@ -9,12 +9,12 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from scripts.bids import DESC, read_json
+from scripts.data.bids import DESC, read_json
+from scripts.data.subjects import Subject, place
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.metrics import VolumeTable, tissue_volumes
 from scripts.provenance import metadata
-from scripts.subjects import Subject, place
 from scripts.tissues import Tissue
 from scripts.writers import result_path, segmented_subjects, write_csv
 

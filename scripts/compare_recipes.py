@@ -19,11 +19,11 @@ from ignite.engine import Events
 from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.utils import ensure_tuple
 
+from scripts.data.subjects import Ids, require_subjects, training_subjects, validation_subjects
 from scripts.errors import InputError, require_whole_numbers
 from scripts.files import whole_files
 from scripts.metrics import mean_and_deviation
 from scripts.settings import nearest, unknown_setting
-from scripts.subjects import Ids, require_subjects, training_subjects, validation_subjects
 from scripts.tissues import TISSUES
 from scripts.writers import markdown_table, read_csv, write_csv
 

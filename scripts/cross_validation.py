@@ -12,11 +12,11 @@ import numpy as np
 from monai.bundle import ConfigParser
 from monai.utils import ensure_tuple
 
+from scripts.data.subjects import natural_order, require_subjects, training_subjects
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.metrics import mean_and_deviation
 from scripts.settings import unknown_setting
-from scripts.subjects import natural_order, require_subjects, training_subjects
 from scripts.tissues import TISSUES
 from scripts.writers import markdown_table, read_csv, write_csv
 

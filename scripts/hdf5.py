@@ -8,10 +8,11 @@ import numpy as np
 from monai.transforms import Compose, CropForegroundd, Orientationd, Spacingd
 from tqdm import tqdm
 
+from scripts.data.checks import require_found_brain
+from scripts.data.subjects import Ids, Subject, find_subjects, require_subjects, training_subjects, validation_subjects
+from scripts.data.transforms import LoadSubjectd, NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.files import whole_files
-from scripts.subjects import Ids, Subject, find_subjects, require_subjects, training_subjects, validation_subjects
-from scripts.transforms import LoadSubjectd, NormalizeByT1Maskd, require_found_brain
 
 TRAINING_FOLDER = "data_train_no_cut"
 VALIDATION_FOLDER = "data_val_no_cut"

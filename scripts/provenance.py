@@ -17,11 +17,11 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Trainer
 
+from scripts.data.storage import without_credentials
 from scripts.exported import is_exported
 from scripts.files import whole_files
 from scripts.inferers import network_precision
 from scripts.package import NAME
-from scripts.storage import without_credentials
 from scripts.weights import begins, checkpoint_paths, holds
 
 METADATA = Path(__file__).parents[1] / "configs" / "metadata.json"

@@ -133,7 +133,7 @@ class PictureSaver(BackgroundWriter):
     """Handler that draws each subject of an evaluator by `segmentation_picture`.
 
     The file is `subject-<id>-scored.png` where there is a label, else `subject-<id>-label.png`; for a BIDS dataset see
-    `scripts.bids.derivative_path`.
+    `scripts.data.bids.derivative_path`.
 
     Args:
         output_dir: the folder to write to.

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from scripts.registration import has_values
+from scripts.data.alignment import has_values
 from scripts.tissues import Tissue
 
 # ml, mean and standard deviation as reported for these; this project hasn't measured them

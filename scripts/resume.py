@@ -20,7 +20,7 @@ from monai.utils import set_determinism
 from torch import nn
 from torch.nn.modules.loss import _Loss
 
-from scripts.datasets import epoch_seed
+from scripts.data.datasets import epoch_seed
 from scripts.distributed import gathered
 from scripts.errors import InputError, require_true_or_false
 from scripts.files import whole_files

@@ -15,11 +15,11 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
+from scripts.data.volumes import VolumeInMemory
 from scripts.errors import InputError, input_error_in, require_whole_numbers
 from scripts.machine import require_device
 from scripts.metrics import tissue_volumes
 from scripts.settings import unknown_setting
-from scripts.transforms import VolumeInMemory
 from scripts.weights import CheckpointLoader
 
 ROOT = Path(__file__).parents[1]
@@ -138,14 +138,14 @@ def segment(
         settings: as `Segmenter` takes them.
 
     Raises:
-        InputError: as `Segmenter`, `scripts.transforms.LoadSubjectd` and `NormalizeByT1Maskd`, or an array comes
+        InputError: as `Segmenter`, `scripts.data.transforms.LoadSubjectd` and `NormalizeByT1Maskd`, or an array comes
             without an affine or the reverse.
     """
     return Segmenter(**settings)(t1, t2, affine)
 
 
 def _volume(volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str) -> str:
-    """A volume as `scripts.transforms.LoadSubjectd` takes it; `name` is what messages call it if it has no path."""
+    """A volume as `scripts.data.transforms.LoadSubjectd` takes it; `name` stands for its path in messages."""
     in_memory = not isinstance(volume, str | os.PathLike)
     if in_memory and not isinstance(volume, SpatialImage):
         volume = _image(volume, affine, name)

@@ -8,11 +8,11 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
+from scripts.data.subjects import Ids, find_labels, require_subjects, subjects_to_segment
+from scripts.data.volumes import read_volume, require_same_grid
 from scripts.errors import InputError
 from scripts.files import add_to_zip, whole_files
-from scripts.subjects import Ids, find_labels, require_subjects, subjects_to_segment
 from scripts.tissues import Tissue, tissue_labels
-from scripts.transforms import read_volume, require_same_grid
 from scripts.writers import write_label
 
 TEST_SUBJECTS = tuple(range(11, 24))

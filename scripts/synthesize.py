@@ -10,11 +10,11 @@ import numpy as np
 from monai.utils import ensure_tuple
 from tqdm import tqdm
 
+from scripts.data.volumes import read_volume
 from scripts.errors import InputError, require_whole_numbers
 from scripts.files import made_already, whole_files
 from scripts.synthesis import APPEARANCES, histogram_overlap, six_month_subject
 from scripts.tissues import Tissue, tissue_labels
-from scripts.transforms import read_volume
 from scripts.writers import markdown_table
 
 SUFFIXES = (".nii.gz", ".nii", ".hdr")

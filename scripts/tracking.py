@@ -16,10 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from monai.handlers import MLFlowHandler
 from monai.utils import optional_import
 
+from scripts.data.storage import CopyOut
 from scripts.distributed import own_rank
 from scripts.provenance import shown
 from scripts.report import segmentation_picture
-from scripts.storage import CopyOut
 from scripts.writers import segmented_subjects
 
 if TYPE_CHECKING:

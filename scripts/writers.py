@@ -13,7 +13,7 @@ import numpy as np
 from ignite.engine import Engine, Events
 from nibabel.spatialimages import SpatialImage
 
-from scripts.bids import derivative_path
+from scripts.data.bids import derivative_path
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.tissues import ISEG_VALUES
@@ -159,7 +159,7 @@ def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
 
 
 def result_path(output_dir: str | Path, item: Mapping[str, Any], what: str, suffix: str) -> Path:
-    """Where a result of a subject goes; that of a subject of a BIDS dataset as `scripts.bids.derivative_path` has it.
+    """Where a result of a subject goes; that of a BIDS subject as `scripts.data.bids.derivative_path` has it.
 
     Args:
         output_dir: the folder of the results.

@@ -20,10 +20,10 @@ from monai.data import MetaTensor
 from monai.networks import one_hot
 from monai.transforms import Compose
 
+from scripts.data.subjects import find_subjects
 from scripts.import_weights import import_weights
 from scripts.network import SkipDenseSeg
 from scripts.settings import given_options, refuse_unknown_overrides
-from scripts.subjects import find_subjects
 from scripts.weights import load_weights
 from scripts.workflow import require_training_settings
 from scripts.writers import write_label

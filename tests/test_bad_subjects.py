@@ -21,8 +21,8 @@ from monai.transforms import Compose
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 from test_commands import assert_refused, bundle, evaluate, last_line, nothing_written, segment, train
 
+from scripts.data.subjects import subjects_to_segment, training_subjects, validation_subjects
 from scripts.errors import input_error_in
-from scripts.subjects import subjects_to_segment, training_subjects, validation_subjects
 from scripts.writers import BackgroundWriter, read_csv, write_label
 
 CHOICES = {

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from conftest import touch
 
-from scripts.bids import LARGEST_JSON, derivative_path, find_bids_subjects, needed_files
-from scripts.errors import InputError
-from scripts.subjects import (
+from scripts.data.bids import LARGEST_JSON, derivative_path, find_bids_subjects, needed_files
+from scripts.data.subjects import (
     bad_subjects,
     find_subjects,
     left_out_subjects,
@@ -20,7 +19,8 @@ from scripts.subjects import (
     training_subjects,
     validation_subjects,
 )
-from scripts.transforms import LoadSubjectd
+from scripts.data.transforms import LoadSubjectd
+from scripts.errors import InputError
 
 
 def pair(stem: str, t2: str | None = None) -> list[str]:

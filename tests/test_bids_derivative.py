@@ -18,12 +18,12 @@ from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
 from scripts.bids_derivative import DESCRIPTIONS, LABELS, BidsDerivative, source_link, volume_table
+from scripts.data.subjects import left_out_subjects, subjects_to_segment
+from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError, input_error_in
 from scripts.files import whole_files
 from scripts.metrics import VolumeTable
-from scripts.subjects import left_out_subjects, subjects_to_segment
 from scripts.tissues import Tissue
-from scripts.transforms import LoadSubjectd
 from scripts.writers import BackgroundWriter, LabelSaver, read_csv, result_path
 
 STEMS = ("sub-01", "sub-02_ses-a_run-1", "sub-02_ses-a_run-2", "sub-02_ses-b_acq-mprage")

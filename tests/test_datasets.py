@@ -13,8 +13,8 @@ from conftest import ROOT, two_threads
 from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTransform, ToTensor, Transform
 
-from scripts import datasets
-from scripts.datasets import CropSampler, LenientDataLoader, ReadAheadDataLoader, cached_dataset, feeding_processes
+from scripts.data import datasets
+from scripts.data.datasets import CropSampler, LenientDataLoader, ReadAheadDataLoader, cached_dataset, feeding_processes
 from scripts.errors import InputError, one_line_of
 
 
@@ -151,7 +151,8 @@ def test_no_subjects_no_measuring(tmp_path):
 
 def test_cache_on_disk_ends_with_the_process(tmp_path):
     code = (
-        "from monai.transforms import Compose, ToTensor; from scripts.datasets import cached_dataset; import pathlib;"
+        "from monai.transforms import Compose, ToTensor; from scripts.data.datasets import cached_dataset;"
+        "import pathlib;"
         f"d = cached_dataset([1.0, 2.0], Compose([ToTensor()]), '{tmp_path}', in_memory=False);"
         f"print(d[0].item(), d[1].item(), len(list(pathlib.Path('{tmp_path}').glob('.cache-*/*.pt'))))"
     )

@@ -313,7 +313,7 @@ module.{name} = interrupted
         slow("training", "scripts.optimizer", "MuonAdamW.step", 4, 30),
         ("training", "scripts.inferers", "LargestWindowInferer.__call__", 2, 30),
         slow("segmenting", "scripts.inferers", "LargestWindowInferer.__call__", 3, 30),
-        ("segmenting", "scripts.transforms", "LoadSubjectd.__call__", 3, 1),  # in the thread that reads
+        ("segmenting", "scripts.data.transforms", "LoadSubjectd.__call__", 3, 1),  # in the thread that reads
     ],
 )
 def test_ctrl_c(commands, scans, tmp_path, segmented, command, module, name, call, seconds):
@@ -332,7 +332,7 @@ def test_ctrl_c(commands, scans, tmp_path, segmented, command, module, name, cal
         assert read_whole(output / "last.pt")["progress"]["epoch"] == 1
     else:
         labels = sorted(output.glob("*.nii.gz"))
-        assert labels or module == "scripts.transforms"
+        assert labels or module == "scripts.data.transforms"
         assert [path.name for path in labels] == ["subject-11-label.nii.gz", "subject-12-label.nii.gz"][: len(labels)]
         assert all(same(read_whole(path), read_whole(segmented.output / path.name)) for path in labels)
 
@@ -357,7 +357,14 @@ BROKEN = "raise OSError(5, 'Input/output error')"
     ("command", "module", "name", "call", "deed", "told"),
     [
         slow("training", "monai.transforms", "RandFlipd.__call__", 4, BROKEN, "OSError: [Errno 5] Input/output error"),
-        ("segmenting", "scripts.transforms", "LoadSubjectd.__call__", 3, BROKEN, "OSError: [Errno 5] Input/output"),
+        (
+            "segmenting",
+            "scripts.data.transforms",
+            "LoadSubjectd.__call__",
+            3,
+            BROKEN,
+            "OSError: [Errno 5] Input/output",
+        ),
         slow("training with a worker", "monai.transforms", "RandFlipd.__call__", 2, "os._exit(3)", "DataLoader worker"),
     ],
 )

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from scripts import transforms
+from scripts.data import transforms
 from scripts.errors import InputError
 from tests.fuzz import fuzz, judge
 from tests.fuzz_cases import CASES

@@ -27,7 +27,7 @@ from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.ndimage import zoom
 from test_docs import blocks
 
-from scripts.transforms import read_volume
+from scripts.data.volumes import read_volume
 
 pytestmark = [
     pytest.mark.monailabel,

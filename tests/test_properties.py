@@ -21,12 +21,13 @@ from nibabel.orientations import inv_ornt_aff
 from scipy.ndimage import grey_dilation, grey_erosion
 from test_metrics import surface
 
+from scripts.data.hdf5 import read_hdf5
+from scripts.data.subjects import find_subjects
+from scripts.data.volumes import read_volume
 from scripts.hdf5 import prepare_hdf5
 from scripts.metrics import tissue_scores
 from scripts.phantom import label_map
-from scripts.subjects import find_subjects
 from scripts.tissues import ISEG_VALUES, tissue_labels
-from scripts.transforms import read_hdf5, read_volume
 from scripts.writers import LabelSaver, write_analyze, write_label
 
 ORIENTATIONS = [

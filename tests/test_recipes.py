@@ -9,7 +9,7 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.transforms import SpatialPadd
 
-from scripts.datasets import Draw
+from scripts.data.datasets import Draw
 from scripts.errors import InputError
 from scripts.inferers import FixedLossScale, float16_or_auto, needs_loss_scaling
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from conftest import configured, save_subject
 
+from scripts.data.alignment import FEWEST_VOXELS, has_values, not_registered
 from scripts.phantom import label_map
-from scripts.registration import FEWEST_VOXELS, has_values, not_registered
 from scripts.synthesis import nominal, patchwork, six_month_subject, varied
 
 WARNING = "T2 fits T1 as well, or nearly, when it is moved by 3 mm; register it to T1"

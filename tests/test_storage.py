@@ -26,11 +26,11 @@ from monai.bundle import ConfigWorkflow
 from monai.engines import SupervisedEvaluator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from scripts import storage
+from scripts.data import storage
+from scripts.data.storage import CopyOut, StorageError, StoredFolder, local_dataset, local_results
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
-from scripts.storage import CopyOut, StorageError, StoredFolder, local_dataset, local_results
 from scripts.writers import BackgroundWriter, read_csv
 
 EVALUATE = "['configs/train.json','configs/evaluate.json']"

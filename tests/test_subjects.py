@@ -3,8 +3,7 @@ import re
 import pytest
 from conftest import touch
 
-from scripts.errors import InputError
-from scripts.subjects import (
+from scripts.data.subjects import (
     bad_subjects,
     find_subjects,
     require_apart,
@@ -13,6 +12,7 @@ from scripts.subjects import (
     training_subjects,
     validation_subjects,
 )
+from scripts.errors import InputError
 
 
 def analyze(stem: str) -> list[str]:

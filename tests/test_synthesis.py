@@ -3,6 +3,7 @@ import pytest
 import torch
 from scipy.ndimage import center_of_mass
 
+from scripts.data.transforms import NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.phantom import label_map
 from scripts.synthesis import (
@@ -16,7 +17,6 @@ from scripts.synthesis import (
     varied,
 )
 from scripts.tissues import Tissue
-from scripts.transforms import NormalizeByT1Maskd
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 from conftest import bundle, last_line
 
+from scripts.data.subjects import find_subjects
 from scripts.errors import InputError
-from scripts.subjects import find_subjects
 from scripts.synthesis import histogram_overlap
 from scripts.synthesize import read_label_map, synthesize
 from scripts.tissues import ISEG_VALUES

@@ -8,10 +8,12 @@ from conftest import save_subject, save_volume
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor
 from monai.transforms import AsDiscreted, Spacingd
 
+from scripts.data.hdf5 import read_hdf5
+from scripts.data.subjects import find_subjects
+from scripts.data.transforms import LoadSubjectd, MostLikelyTissued, NormalizeByT1Maskd
+from scripts.data.volumes import read_volume
 from scripts.errors import InputError
-from scripts.subjects import find_subjects
 from scripts.tissues import tissue_labels
-from scripts.transforms import LoadSubjectd, MostLikelyTissued, NormalizeByT1Maskd, read_hdf5, read_volume
 from scripts.weights import read_checkpoint
 
 RNG = np.random.default_rng(0)

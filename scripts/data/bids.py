@@ -27,7 +27,7 @@ DESC = "skipdenseseg"
 
 
 class BidsSubject(TypedDict):
-    """The files of a subject as `scripts.subjects.Subject` has them, and where they lie.
+    """The files of a subject as `scripts.data.subjects.Subject` has them, and where they lie.
 
     `anat` is their folder from the dataset on, such as `sub-01/ses-02/anat`; `mask` is a brain mask, if there is one.
     """

@@ -29,10 +29,12 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 from tqdm import tqdm
 
-from scripts.bids import needed_files
+from scripts.data.bids import needed_files
 from scripts.errors import InputError, require_path
 from scripts.files import UNFINISHED, whole_files
 from scripts.writers import BackgroundWriter
+
+logger = logging.getLogger(__name__)
 
 PATIENCE = 60.0  # seconds for which a server that doesn't answer is asked again
 # where an upload appears whole or not at all, so that it needs no temporary name
@@ -48,8 +50,6 @@ LASTING_ERRNOS = {errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.E
 KEPT, RECORD, LOCK = ".kept-", ".copied.json", ".lock"
 ARRIVING = f"{UNFINISHED}copy-"  # folders of what is being copied in
 
-logger = logging.getLogger(__name__)
-
 
 class StorageError(InputError):
     """What is given by URL can't be read or written. The message names the URL."""
@@ -64,8 +64,8 @@ def is_url(folder: str) -> bool:
 def local_dataset(folder: str, cache_dir: str) -> str:
     """A plain path as it is; for a URL a folder under `cache_dir`, made a copy of what subjects there are made of.
 
-    Which files these are says `scripts.bids.needed_files`. Those that are whole and of the server's present version
-    aren't fetched again. Hidden ones are passed over.
+    `scripts.data.bids.needed_files` says which files these are. Those that are whole and of the server's present
+    version aren't fetched again. Hidden ones are passed over.
 
     Raises:
         StorageError: nothing is there, or it can't be copied.

@@ -2,7 +2,7 @@
 
 A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path]) and, if it has one, `label` (a path).
 Where an HDF5 file in the published layout holds the subject, all three paths are that of the file. Subjects of a BIDS
-dataset have no label, and more in their dict: see `scripts.bids.BidsSubject`.
+dataset have no label, and more in their dict: see `scripts.data.bids.BidsSubject`.
 """
 
 import logging
@@ -16,8 +16,10 @@ from typing import NotRequired, TypedDict
 from fsspec.core import split_protocol
 from monai.utils import ensure_tuple
 
-from scripts import bids
+from scripts.data import bids
 from scripts.errors import InputError, require_path
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = re.compile(r"(?is)subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(hdr|img|nii|nii\.gz)")
 HDF5_NAME = re.compile(r"(?s)train_iseg_nocut_(?P<subject>.+)\.h5")
@@ -27,8 +29,6 @@ EXPECTED_NAMES = (
 )
 # names of folders, or parts of these, into which a folder of subjects may be divided; MONAI Label has labels/final
 OF_A_KIND = re.compile(r"(?i)(?<![a-z0-9])(t[12]w?|(image|label)s?(tr|ts)?|final)(?![a-z0-9])")
-
-logger = logging.getLogger(__name__)
 
 
 class Subject(TypedDict):
@@ -148,7 +148,7 @@ def find_subjects(dataset_dir: str) -> list[Subject]:
     """All subjects in a folder: a BIDS dataset, or in the naming of iSeg-2017, iSeg-2019 or the published HDF5.
 
     Args:
-        dataset_dir: folder of a BIDS dataset, as `scripts.bids.find_bids_subjects` takes it; or one with
+        dataset_dir: folder of a BIDS dataset, as `scripts.data.bids.find_bids_subjects` takes it; or one with
             `subject-<id>-T1`, `-T2` and `-label` files (capitals or not), there or below, each Analyze (`.hdr` and
             `.img`) or NIfTI, or with `train_iseg_nocut_<id>.h5` for a labelled subject. Hidden files, `__MACOSX` and
             the folder `derivatives` are passed over. It needn't exist.

@@ -27,11 +27,11 @@ from scripts.errors import InputError, input_error_in
 from scripts.files import UNFINISHED
 from scripts.machine import available_memory
 
+logger = logging.getLogger(__name__)
+
 LOCK = ".lock"
 
 _locks: list[FileLock] = []  # of the caches of this process
-
-logger = logging.getLogger(__name__)
 
 
 def _first_random(transform: Compose) -> int | None:
