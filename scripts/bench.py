@@ -27,7 +27,8 @@ from scripts.compare_recipes import RECIPES
 from scripts.data.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers
 from scripts.files import whole_files
-from scripts.inferers import LargestWindowInferer, MixedPrecisionInferer, network_precision
+from scripts.inference.precision import MixedPrecisionInferer, network_precision
+from scripts.inference.windows import LargestWindowInferer
 from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
 from scripts.optimizer import MuonAdamW

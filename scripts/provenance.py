@@ -18,9 +18,9 @@ from ignite.engine import Engine, Events
 from monai.engines import Trainer
 
 from scripts.data.storage import without_credentials
-from scripts.exported import is_exported
 from scripts.files import whole_files
-from scripts.inferers import network_precision
+from scripts.inference.exported import is_exported
+from scripts.inference.precision import network_precision
 from scripts.package import NAME
 from scripts.weights import begins, checkpoint_paths, holds
 

@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike
 
 from scripts.data.volumes import VolumeInMemory
 from scripts.errors import InputError, input_error_in, require_whole_numbers
+from scripts.inference.averaging import CheckpointLoader
 from scripts.machine import require_device
 from scripts.metrics import tissue_volumes
 from scripts.settings import unknown_setting
-from scripts.weights import CheckpointLoader
 
 ROOT = Path(__file__).parents[1]
 # what of configs/inference.json is about the files of the command
@@ -73,7 +73,7 @@ class Segmenter:
             `uncertainty`, `precision`, `window_size`, `device` and so on.
 
     Raises:
-        InputError: a setting isn't known or can't be, or as `scripts.weights.CheckpointLoader`.
+        InputError: a setting isn't known or can't be, or as `scripts.inference.averaging.CheckpointLoader`.
     """
 
     def __init__(self, **settings: Any) -> None:

@@ -16,7 +16,6 @@ from monai.engines import Evaluator
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, ran_out_of_memory, require_path
-from scripts.exported import is_exported
 from scripts.files import whole_files
 
 
@@ -171,33 +170,6 @@ def starting_network(
     if start_from is not None:
         load_weights(network, start_from)
     return network.to(device)
-
-
-class CheckpointLoader:
-    """Handler that loads a checkpoint by `load_weights` when the engine starts: the first, if several are named.
-
-    MONAI's federated client switches off what has `CheckpointLoader` in its name, to score the weights it was sent.
-
-    Args:
-        checkpoints: as `checkpoint_paths` takes them; `scripts.inferers.AveragingInferer` loads the others, and
-            exported networks wherever they stand.
-        network: takes the weights.
-
-    Raises:
-        InputError: when the engine starts, as `checkpoint_paths` and `load_weights`.
-    """
-
-    def __init__(self, checkpoints: str | Sequence[str], network: torch.nn.Module) -> None:
-        self.checkpoints = checkpoints
-        self.network = network
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.load)
-
-    def load(self) -> None:
-        first = checkpoint_paths(self.checkpoints)[0]
-        if not is_exported(first):
-            load_weights(self.network, first)
 
 
 def begins(engine: Engine) -> bool:

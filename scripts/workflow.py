@@ -16,8 +16,8 @@ from monai.utils import ensure_tuple, set_determinism
 
 from scripts.data.subjects import Ids
 from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
-from scripts.exported import is_exported
 from scripts.files import alone
+from scripts.inference.exported import is_exported
 from scripts.machine import keep_freed_memory, require_device
 from scripts.settings import refuse_unknown_overrides, require_tracking_package
 

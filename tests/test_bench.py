@@ -8,7 +8,7 @@ from conftest import save_subject
 
 from scripts import bench
 from scripts.errors import InputError
-from scripts.inferers import network_precision
+from scripts.inference.precision import network_precision
 from scripts.writers import markdown_table
 
 CPU = torch.device("cpu")

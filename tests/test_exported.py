@@ -17,12 +17,13 @@ from monai.bundle import ConfigParser, ConfigWorkflow
 from monai.data import MetaTensor
 from monai.inferers import SimpleInferer, SlidingWindowInferer
 
-from scripts import inferers
 from scripts.errors import InputError
-from scripts.exported import ONNXRUNTIME, ExportedNetwork
-from scripts.inferers import AveragingInferer, LargestWindowInferer, MixedPrecisionInferer
+from scripts.inference import averaging as inferers
+from scripts.inference.averaging import AveragingInferer, CheckpointLoader
+from scripts.inference.exported import ONNXRUNTIME, ExportedNetwork
+from scripts.inference.precision import MixedPrecisionInferer
+from scripts.inference.windows import LargestWindowInferer
 from scripts.network import SkipDenseSeg
-from scripts.weights import CheckpointLoader
 
 CPU = torch.device("cpu")
 FP32 = MixedPrecisionInferer(SimpleInferer(), "fp32")

@@ -10,7 +10,8 @@ from conftest import configured
 from ignite.engine import Events
 
 from scripts.errors import InputError
-from scripts.inferers import BYTES_PER_VOXEL, LargestWindowInferer, MixedPrecisionInferer
+from scripts.inference.precision import MixedPrecisionInferer
+from scripts.inference.windows import BYTES_PER_VOXEL, LargestWindowInferer
 from scripts.network import SkipDenseSeg
 from scripts.robustness import dice, phantom_scan
 from scripts.segment import Segmenter

@@ -12,17 +12,11 @@ from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.metrics import compute_dice
 from monai.networks import one_hot
 
-from scripts import inferers
 from scripts.errors import InputError
-from scripts.inferers import (
-    AveragingInferer,
-    LargestWindowInferer,
-    MixedPrecisionInferer,
-    fitting_window,
-    folded,
-    needs_loss_scaling,
-    network_precision,
-)
+from scripts.inference import averaging as inferers
+from scripts.inference.averaging import AveragingInferer
+from scripts.inference.precision import MixedPrecisionInferer, folded, needs_loss_scaling, network_precision
+from scripts.inference.windows import LargestWindowInferer, fitting_window
 from scripts.machine import available_memory, left_by_groups
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
@@ -370,7 +364,7 @@ def test_memory_that_containers_and_jobs_leave(tmp_path, kind, limit, used, cach
 @pytest.mark.slow
 def test_available_memory_heeds_the_limit_of_the_user():
     code = (
-        "import resource, torch; from scripts.inferers import available_memory as a; cpu = torch.device('cpu');"
+        "import resource, torch; from scripts.inference.averaging import available_memory as a; cpu = torch.device('cpu');"
         "free = a(cpu); limit = 6 * 2**30; resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
         "assert 0 < a(cpu) < min(free + 1, limit), (free, a(cpu))"
     )

@@ -14,7 +14,8 @@ from scipy.stats import rankdata
 from torch import nn
 
 from scripts.errors import InputError
-from scripts.inferers import AveragingInferer, MixedPrecisionInferer, with_dropout
+from scripts.inference.averaging import AveragingInferer, with_dropout
+from scripts.inference.precision import MixedPrecisionInferer
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
 from scripts.probabilities import PredictiveEntropyd, Probabilitiesd

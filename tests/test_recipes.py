@@ -11,7 +11,8 @@ from monai.transforms import SpatialPadd
 
 from scripts.data.datasets import Draw
 from scripts.errors import InputError
-from scripts.inferers import FixedLossScale, float16_or_auto, needs_loss_scaling
+from scripts.inference.precision import float16_or_auto, needs_loss_scaling
+from scripts.training.loss_scale import FixedLossScale
 
 CONFIGS = ROOT / "configs"
 RECIPES = ("mindspore", "original")

@@ -9,10 +9,10 @@ import torch
 from scripts.errors import InputError, ran_out_of_memory
 from scripts.tissues import Tissue
 
+logger = logging.getLogger(__name__)
+
 # as tested; also in requirements-dev.txt
 ONNXRUNTIME = "onnxruntime==1.32.0"
-
-logger = logging.getLogger(__name__)
 
 Run = Callable[[torch.Tensor], torch.Tensor]
 
