@@ -31,8 +31,8 @@ from scripts.inference.precision import MixedPrecisionInferer, network_precision
 from scripts.inference.windows import LargestWindowInferer
 from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
-from scripts.optimizer import MuonAdamW
 from scripts.phantom import phantom
+from scripts.training.optimizer import MuonAdamW
 from scripts.weights import load_weights
 from scripts.writers import markdown_table
 

@@ -17,7 +17,7 @@ from ignite.engine import Engine
 
 from scripts.errors import InputError
 from scripts.machine import own_device
-from scripts.resume import ResumableTraining
+from scripts.training.resume import ResumableTraining
 from scripts.writers import read_csv
 
 TRAIN = "['configs/train.json','configs/multi_gpu_train.json']"
@@ -193,7 +193,7 @@ def kill_second_rank_after_an_epoch(launcher: subprocess.Popen, output) -> None:
 
 
 def test_processes_that_would_go_on_from_different_epochs_are_refused(monkeypatch, tmp_path):
-    monkeypatch.setattr("scripts.resume.gathered", lambda items: [*items, 3])
+    monkeypatch.setattr("scripts.training.resume.gathered", lambda items: [*items, 3])
     engine = Engine(lambda engine, batch: None)
     training = ResumableTraining(
         str(tmp_path / "last.pt"), True, 0, {}, str(tmp_path / "model.pt"), engine, torch.nn.Linear(1, 1)

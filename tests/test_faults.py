@@ -310,7 +310,7 @@ module.{name} = interrupted
 @pytest.mark.parametrize(
     ("command", "module", "name", "call", "seconds"),
     [
-        slow("training", "scripts.optimizer", "MuonAdamW.step", 4, 30),
+        slow("training", "scripts.training.optimizer", "MuonAdamW.step", 4, 30),
         ("training", "scripts.inference.averaging", "LargestWindowInferer.__call__", 2, 30),
         slow("segmenting", "scripts.inference.averaging", "LargestWindowInferer.__call__", 3, 30),
         ("segmenting", "scripts.data.transforms", "LoadSubjectd.__call__", 3, 1),  # in the thread that reads

@@ -17,7 +17,7 @@ from test_docs import blocks
 from test_resume import same
 
 from scripts.network import SkipDenseSeg
-from scripts.weights import EarlierWeightsKeeper, StepWeightsSaver
+from scripts.training.checkpoints import EarlierWeightsKeeper, StepWeightsSaver
 
 PAGE = "docs/federated_learning.md"
 

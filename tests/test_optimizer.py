@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scripts.optimizer import MuonAdamW, orthogonalised
+from scripts.training.optimizer import MuonAdamW, orthogonalised
 
 
 def network():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from ignite.engine import Engine
 
-from scripts.profiling import TraceSaver
+from scripts.training.profiling import TraceSaver
 
 
 @pytest.mark.parametrize(("steps", "run", "written"), [(2, 6, True), (2, 1, False)])

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.resume import first_difference, made_with
+from scripts.training.resume import first_difference, made_with
 from scripts.weights import read_checkpoint
 
 SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2}

@@ -10,16 +10,8 @@ from monai.engines import SupervisedEvaluator
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.weights import (
-    BestWeightsSaver,
-    EarlierWeightsKeeper,
-    FoundWeightsValidator,
-    StepWeightsSaver,
-    checkpoint_paths,
-    holds,
-    load_weights,
-    starting_network,
-)
+from scripts.training.checkpoints import BestWeightsSaver, EarlierWeightsKeeper, FoundWeightsValidator, StepWeightsSaver
+from scripts.weights import checkpoint_paths, holds, load_weights, starting_network
 
 
 @pytest.fixture
