@@ -32,9 +32,9 @@ from scripts.inference.windows import LargestWindowInferer
 from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
 from scripts.phantom import phantom
+from scripts.results.tables import markdown_table
 from scripts.training.optimizer import MuonAdamW
 from scripts.weights import load_weights
-from scripts.writers import markdown_table
 
 ROOT = Path(__file__).parents[1]
 PATCH = 64

@@ -15,10 +15,10 @@ from monai.utils import ensure_tuple
 from scripts.data.subjects import natural_order, require_subjects, training_subjects
 from scripts.errors import InputError
 from scripts.files import whole_files
-from scripts.metrics import mean_and_deviation
+from scripts.results.metrics import mean_and_deviation
+from scripts.results.tables import markdown_table, read_csv, write_csv
 from scripts.settings import unknown_setting
 from scripts.tissues import TISSUES
-from scripts.writers import markdown_table, read_csv, write_csv
 
 ROOT = Path(__file__).parents[1]
 # settings that each fold has its own of
@@ -225,7 +225,7 @@ def score_report(rows: Sequence[Mapping[str, Any]]) -> str:
     """Two tables: Dice in percent of each subject, and over the subjects mean and deviation of Dice, HD95 and ASD.
 
     Args:
-        rows: `subject` and the columns of `scripts.metrics.tissue_scores`, a row for each subject.
+        rows: `subject` and the columns of `scripts.results.metrics.tissue_scores`, a row for each subject.
 
     Returns:
         Markdown. The standard deviation is that of a sample, divided by n - 1; NaN for one subject. Where a label

@@ -20,16 +20,6 @@ from PIL import Image
 
 from scripts.distributed import gathered
 from scripts.files import whole_files
-from scripts.metrics import tissue_volumes
-from scripts.provenance import ProvenanceSaver
-from scripts.report import (
-    DISAGREEMENT_COLOR,
-    TISSUE_COLORS,
-    UNCERTAINTY_COLORS,
-    canonical,
-    canonical_voxel_size,
-    middle,
-)
 from scripts.report_pictures import LABEL_STEP, OPAQUE_UNCERTAINTY, UNCERTAINTY_STEP, Pictures, draw
 from scripts.report_plots import box_plots, learning_curves, training_history
 from scripts.report_warnings import (
@@ -45,8 +35,19 @@ from scripts.report_warnings import (
     usual_range,
     volume_out_of_range,
 )
+from scripts.results.metrics import tissue_volumes
+from scripts.results.pictures import (
+    DISAGREEMENT_COLOR,
+    TISSUE_COLORS,
+    UNCERTAINTY_COLORS,
+    canonical,
+    canonical_voxel_size,
+    middle,
+)
+from scripts.results.provenance import ProvenanceSaver
+from scripts.results.tables import read_csv
+from scripts.results.writers import BackgroundWriter
 from scripts.tissues import Tissue
-from scripts.writers import BackgroundWriter, read_csv
 
 HERE = Path(__file__).parent
 NAME = "report.html"
@@ -63,7 +64,7 @@ class Part:
     Attributes:
         subject: the id.
         files: names of T1, T2 and so on.
-        volumes: as `scripts.metrics.tissue_volumes` has them.
+        volumes: as `scripts.results.metrics.tissue_volumes` has them.
         warnings: what is odd, by kind.
         has_label: whether there is a label to compare with.
         pictures: None where there are too many for one file.
@@ -78,7 +79,7 @@ class Part:
 
 
 def subject_part(item: Mapping[str, Any], with_pictures: bool = True) -> Part:
-    """Measure and draw a subject, given as by `scripts.writers.segmented_subjects`, with its `t2` besides."""
+    """Measure and draw a subject, given as by `scripts.results.writers.segmented_subjects`, with its `t2` besides."""
     t1, t2, prediction = (canonical(item[name]) for name in ("t1", "t2", "pred"))
     label, volumes = item.get("label"), tissue_volumes(item["pred"])
     voxel_size = canonical_voxel_size(item["t1"])
@@ -149,7 +150,7 @@ def render(
     Args:
         parts: the subjects.
         provenance: how the segmentations came about, by what is told.
-        scores: columns of `scripts.metrics.tissue_scores` by subject; empty where there are no labels.
+        scores: columns of `scripts.results.metrics.tissue_scores` by subject; empty where there are no labels.
         history: as `training_history` gives it; empty where there is none.
     """
     environment = Environment(loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined)
@@ -230,7 +231,7 @@ class ReportSaver(BackgroundWriter):
     Args:
         output_dir: the folder to write to, where the TensorBoard log of a training may lie too.
         provenance: what it told when the engine started; stands before this handler.
-        scores: the table of `scripts.metrics.ScoreTable`; None where nothing is scored.
+        scores: the table of `scripts.results.metrics.ScoreTable`; None where nothing is scored.
     """
 
     def __init__(self, output_dir: str, provenance: ProvenanceSaver, scores: str | None = None) -> None:

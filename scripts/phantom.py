@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from scripts.errors import InputError, require_whole_numbers
 from scripts.files import made_already, whole_files
+from scripts.results.label_images import write_analyze
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image, smooth_noise
 from scripts.tissues import ISEG_VALUES, Tissue
-from scripts.writers import write_analyze
 
 # of the generator: another one makes other subjects of a seed
 VERSION = 2

@@ -12,7 +12,7 @@ from matplotlib.colors import to_rgb
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.report import (
+from scripts.results.pictures import (
     DISAGREEMENT_COLOR,
     TISSUE_COLORS,
     UNCERTAINTY_COLORS,

@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from scripts.report import TISSUE_COLORS
 from scripts.report_warnings import usual_range
+from scripts.results.pictures import TISSUE_COLORS
 from scripts.tissues import Tissue
 
 # names of TensorBoard's curves

@@ -42,7 +42,7 @@ def volume_out_of_range(volumes: Mapping[str, float]) -> str | None:
     """Warning of tissues that are smaller or larger than at 6 months.
 
     Args:
-        volumes: as `scripts.metrics.tissue_volumes` has them.
+        volumes: as `scripts.results.metrics.tissue_volumes` has them.
     """
     outside = []
     for tissue in Tissue:

@@ -16,11 +16,11 @@ from tqdm import tqdm
 from scripts.errors import require_whole_numbers
 from scripts.files import whole_files
 from scripts.phantom import label_map
+from scripts.results.tables import markdown_table, write_csv
 from scripts.segment import Segmenter
 from scripts.synthesis import APPEARANCES, T1_CONTRAST, T2_CONTRAST, Appearance, six_month_subject
 from scripts.synthesize import LabelMap, find_label_maps, read_label_map
 from scripts.tissues import TISSUES, Tissue
-from scripts.writers import markdown_table, write_csv
 
 
 @dataclass(frozen=True)

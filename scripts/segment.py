@@ -19,7 +19,7 @@ from scripts.data.volumes import VolumeInMemory
 from scripts.errors import InputError, input_error_in, require_whole_numbers
 from scripts.inference.averaging import CheckpointLoader
 from scripts.machine import require_device
-from scripts.metrics import tissue_volumes
+from scripts.results.metrics import tissue_volumes
 from scripts.settings import unknown_setting
 
 ROOT = Path(__file__).parents[1]
@@ -49,10 +49,10 @@ class Segmentation:
 
     Attributes:
         label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, in the order of the axes of the T1; 0 where T1 is 0.
-        volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, as `scripts.metrics.tissue_volumes` has them.
+        volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, as `scripts.results.metrics.tissue_volumes` has them.
         probabilities: float32 (4, X, Y, Z) of background, CSF, GM and WM, which sum to 1.
         affine: 4 x 4, from voxels to RAS mm, that of the T1.
-        uncertainty: float32 (X, Y, Z) from 0 to 1 as `scripts.probabilities.PredictiveEntropyd` has it, or None if the
+        uncertainty: float32 (X, Y, Z) from 0 to 1 as `scripts.results.probabilities.PredictiveEntropyd` has it, or None if the
             setting `uncertainty` doesn't ask for it.
     """
 

@@ -12,8 +12,8 @@ from scripts.data.subjects import Ids, find_labels, require_subjects, subjects_t
 from scripts.data.volumes import read_volume, require_same_grid
 from scripts.errors import InputError
 from scripts.files import add_to_zip, whole_files
+from scripts.results.label_images import write_label
 from scripts.tissues import Tissue, tissue_labels
-from scripts.writers import write_label
 
 TEST_SUBJECTS = tuple(range(11, 24))
 

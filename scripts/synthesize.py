@@ -13,9 +13,9 @@ from tqdm import tqdm
 from scripts.data.volumes import read_volume
 from scripts.errors import InputError, require_whole_numbers
 from scripts.files import made_already, whole_files
+from scripts.results.tables import markdown_table
 from scripts.synthesis import APPEARANCES, histogram_overlap, six_month_subject
 from scripts.tissues import Tissue, tissue_labels
-from scripts.writers import markdown_table
 
 SUFFIXES = (".nii.gz", ".nii", ".hdr")
 # voxel sides in mm between which the smoothness of noise, texture and myelination, which is in voxels, makes sense

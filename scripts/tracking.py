@@ -18,9 +18,9 @@ from monai.utils import optional_import
 
 from scripts.data.storage import CopyOut
 from scripts.distributed import own_rank
-from scripts.provenance import shown
-from scripts.report import segmentation_picture
-from scripts.writers import segmented_subjects
+from scripts.results.pictures import segmentation_picture
+from scripts.results.provenance import shown
+from scripts.results.writers import segmented_subjects
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

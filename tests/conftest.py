@@ -27,9 +27,9 @@ from scipy.ndimage import zoom
 
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
+from scripts.results.label_images import write_analyze
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.tissues import ISEG_VALUES
-from scripts.writers import write_analyze
 
 matplotlib.use("Agg")
 
@@ -43,7 +43,7 @@ QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--ba
 FORKING = """
 import json, os, runpy, signal, sys
 import monai.bundle, torch.utils.tensorboard
-import scripts.__main__, scripts.bids_derivative, scripts.html_report, scripts.probabilities, scripts.training.resume
+import scripts.__main__, scripts.results.bids_derivative, scripts.html_report, scripts.results.probabilities, scripts.training.resume
 import scripts.tracking
 
 for line in sys.stdin:

@@ -23,10 +23,10 @@ from monai.transforms import Compose
 from scripts.data.subjects import find_subjects
 from scripts.import_weights import import_weights
 from scripts.network import SkipDenseSeg
+from scripts.results.label_images import write_label
 from scripts.settings import given_options, refuse_unknown_overrides
 from scripts.weights import load_weights
 from scripts.workflow import require_training_settings
-from scripts.writers import write_label
 from tests.bad_subjects import T1, big_endian, hdf5, save
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,9 @@ from test_commands import assert_refused, bundle, evaluate, last_line, nothing_w
 
 from scripts.data.subjects import subjects_to_segment, training_subjects, validation_subjects
 from scripts.errors import input_error_in
-from scripts.writers import BackgroundWriter, read_csv, write_label
+from scripts.results.label_images import write_label
+from scripts.results.tables import read_csv
+from scripts.results.writers import BackgroundWriter
 
 CHOICES = {
     "training": lambda folder, case: training_subjects(str(folder), []),

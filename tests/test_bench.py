@@ -9,7 +9,7 @@ from conftest import save_subject
 from scripts import bench
 from scripts.errors import InputError
 from scripts.inference.precision import network_precision
-from scripts.writers import markdown_table
+from scripts.results.tables import markdown_table
 
 CPU = torch.device("cpu")
 

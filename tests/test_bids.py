@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import touch
 
-from scripts.data.bids import LARGEST_JSON, derivative_path, find_bids_subjects, needed_files
+from scripts.data.bids import LARGEST_JSON, find_bids_subjects, needed_files
 from scripts.data.subjects import (
     bad_subjects,
     find_subjects,
@@ -21,6 +21,7 @@ from scripts.data.subjects import (
 )
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
+from scripts.results.paths import derivative_path
 
 
 def pair(stem: str, t2: str | None = None) -> list[str]:

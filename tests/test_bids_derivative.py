@@ -17,14 +17,17 @@ from ignite.engine import Engine, Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 
-from scripts.bids_derivative import DESCRIPTIONS, LABELS, BidsDerivative, source_link, volume_table
 from scripts.data.subjects import left_out_subjects, subjects_to_segment
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError, input_error_in
 from scripts.files import whole_files
-from scripts.metrics import VolumeTable
+from scripts.results.bids_derivative import DESCRIPTIONS, LABELS, BidsDerivative, source_link, volume_table
+from scripts.results.label_images import LabelSaver
+from scripts.results.metrics import VolumeTable
+from scripts.results.paths import result_path
+from scripts.results.tables import read_csv
+from scripts.results.writers import BackgroundWriter
 from scripts.tissues import Tissue
-from scripts.writers import BackgroundWriter, LabelSaver, read_csv, result_path
 
 STEMS = ("sub-01", "sub-02_ses-a_run-1", "sub-02_ses-a_run-2", "sub-02_ses-b_acq-mprage")
 NAME = json.loads((ROOT / "configs" / "metadata.json").read_text())["name"]

@@ -9,8 +9,8 @@ from test_tracking import tensorboard_log
 
 from scripts.compare_recipes import _summary, compare_recipes
 from scripts.errors import InputError
+from scripts.results.tables import read_csv
 from scripts.settings import unknown_setting
-from scripts.writers import read_csv
 
 RECIPES = json.loads((ROOT / "configs" / "comparison.json").read_text())
 

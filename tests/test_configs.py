@@ -50,7 +50,7 @@ def test_what_stands_in_train_and_inference_is_the_same():
     assert ours[0].pop("transform") == "@preprocessing"
     assert theirs[0].pop("transform") == "@validate#preprocessing"
     # what inference.json adds for those who ask for it
-    assert [t for t in ours if not t["_target_"].startswith("scripts.probabilities.")] == theirs
+    assert [t for t in ours if not t["_target_"].startswith("scripts.results.probabilities.")] == theirs
 
 
 def test_what_the_overlays_for_several_devices_repeat_is_the_same():

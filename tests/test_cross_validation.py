@@ -19,9 +19,9 @@ from monai.bundle import ConfigParser
 from scripts import cross_validation
 from scripts.cross_validation import cross_validate, deal, gather_folds, score_report
 from scripts.errors import InputError
+from scripts.results.tables import read_csv, write_csv
 from scripts.settings import given_options
 from scripts.tissues import TISSUES
-from scripts.writers import read_csv, write_csv
 
 NAMES = [f"{score}_{name}" for score in ("dice", "hd95", "hd_max", "asd") for name in (*TISSUES, "mean")]
 

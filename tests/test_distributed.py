@@ -17,8 +17,8 @@ from ignite.engine import Engine
 
 from scripts.errors import InputError
 from scripts.machine import own_device
+from scripts.results.tables import read_csv
 from scripts.training.resume import ResumableTraining
-from scripts.writers import read_csv
 
 TRAIN = "['configs/train.json','configs/multi_gpu_train.json']"
 EVALUATE = "['configs/train.json','configs/evaluate.json','configs/multi_gpu_evaluate.json']"

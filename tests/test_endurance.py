@@ -12,7 +12,7 @@ import pytest
 from conftest import configured, save_subject
 from ignite.engine import Engine, Events
 
-from scripts.writers import read_csv
+from scripts.results.tables import read_csv
 
 SUBJECTS = int(os.environ.get("SUBJECTS", "60"))
 STEPS = int(os.environ.get("STEPS", "200"))

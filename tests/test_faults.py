@@ -23,7 +23,7 @@ from test_resume import same
 
 from scripts.errors import InputError, one_line_of
 from scripts.files import alone, whole_files
-from scripts.writers import read_csv
+from scripts.results.tables import read_csv
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from scripts.data.subjects import find_subjects, training_subjects
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 from scripts.hdf5 import prepare_hdf5
-from scripts.writers import read_csv
+from scripts.results.tables import read_csv
 
 TRAIN = str(ROOT / "configs" / "train.json")
 # more on some sides than the margin of 32, less on others

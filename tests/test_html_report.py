@@ -28,12 +28,12 @@ from scripts import html_report
 from scripts.html_report import MOST_VIEWERS, Part, ReportSaver, render, subject_part
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
-from scripts.provenance import ProvenanceSaver
-from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS
+from scripts.results.pictures import DISAGREEMENT_COLOR, TISSUE_COLORS
+from scripts.results.provenance import ProvenanceSaver
+from scripts.results.tables import write_csv
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.tissues import Tissue
 from scripts.weights import load_weights
-from scripts.writers import write_csv
 
 WEIGHTS = ROOT / "models" / "model.pt"
 HOSTILE = """<script>alert('1')</script>"><img src=x onerror=alert(2)>&amp;$\\frac{ 日本"""

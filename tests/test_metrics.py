@@ -8,8 +8,8 @@ from monai.data import MetaTensor
 from monai.metrics.utils import get_edge_surface_distance
 
 from scripts.errors import InputError
-from scripts.metrics import ScoreTable, VolumeTable, dice_table, tissue_scores, tissue_volumes
-from scripts.writers import read_csv
+from scripts.results.metrics import ScoreTable, VolumeTable, dice_table, tissue_scores, tissue_volumes
+from scripts.results.tables import read_csv
 
 NAMES = [f"dice_{name}" for name in ("csf", "gm", "wm", "mean")]
 
@@ -96,7 +96,7 @@ def test_tissue_that_is_missing():
 def test_each_distance_is_measured_once(monkeypatch):
     measured = []
     monkeypatch.setattr(
-        "scripts.metrics.get_edge_surface_distance",
+        "scripts.results.metrics.get_edge_surface_distance",
         lambda *args, **kwargs: measured.append(args) or get_edge_surface_distance(*args, **kwargs),
     )
     tissue_scores(labels(csf=[1], gm=[4], wm=[9]), labels(csf=[1], gm=[5], wm=[9]), (1, 1, 1))

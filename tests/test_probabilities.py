@@ -18,7 +18,7 @@ from scripts.inference.averaging import AveragingInferer, with_dropout
 from scripts.inference.precision import MixedPrecisionInferer
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
-from scripts.probabilities import PredictiveEntropyd, Probabilitiesd
+from scripts.results.probabilities import PredictiveEntropyd, Probabilitiesd
 from scripts.segment import segment
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 

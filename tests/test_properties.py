@@ -25,10 +25,10 @@ from scripts.data.hdf5 import read_hdf5
 from scripts.data.subjects import find_subjects
 from scripts.data.volumes import read_volume
 from scripts.hdf5 import prepare_hdf5
-from scripts.metrics import tissue_scores
 from scripts.phantom import label_map
+from scripts.results.label_images import LabelSaver, write_analyze, write_label
+from scripts.results.metrics import tissue_scores
 from scripts.tissues import ISEG_VALUES, tissue_labels
-from scripts.writers import LabelSaver, write_analyze, write_label
 
 ORIENTATIONS = [
     np.c_[axes, flips] for axes in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)

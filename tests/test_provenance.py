@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, configured, save_subject, two_threads
 from test_resume import same, train
 
-from scripts.provenance import made_by
+from scripts.results.provenance import made_by
 from scripts.weights import read_checkpoint
 
 VERSION = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.data import MetaTensor
 
-from scripts.report import DISAGREEMENT_COLOR, TISSUE_COLORS, UNCERTAINTY_COLORS, segmentation_picture
+from scripts.results.pictures import DISAGREEMENT_COLOR, TISSUE_COLORS, UNCERTAINTY_COLORS, segmentation_picture
 
 
 def pixels(figure) -> np.ndarray:

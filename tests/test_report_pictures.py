@@ -10,8 +10,8 @@ from monai.data import MetaTensor
 from PIL import Image
 
 from scripts import report_pictures
-from scripts.report import brain_box
 from scripts.report_pictures import LABEL_STEP, draw, side_by_side
+from scripts.results.pictures import brain_box
 
 LAS = torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64))
 

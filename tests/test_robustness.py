@@ -4,10 +4,10 @@ import pytest
 from conftest import bundle
 
 from scripts.errors import InputError
+from scripts.results.tables import read_csv
 from scripts.robustness import CONDITIONS, _means, dice, robustness, scan
 from scripts.synthesis import histogram_overlap
 from scripts.synthesize import LabelMap
-from scripts.writers import read_csv
 
 
 @pytest.fixture

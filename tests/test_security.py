@@ -10,7 +10,7 @@ import torch
 from conftest import ROOT, configured, save_subject, save_volume
 
 from scripts.errors import InputError, input_error_in
-from scripts.writers import read_csv
+from scripts.results.tables import read_csv
 
 WEIGHTS = ROOT / "models" / "model.pt"
 QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1}

@@ -16,10 +16,11 @@ from monai.bundle import ConfigWorkflow
 
 from scripts.errors import InputError
 from scripts.phantom import label_map
+from scripts.results.label_images import write_analyze
+from scripts.results.tables import read_csv
 from scripts.segment import Segmentation, Segmenter, segment
 from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.tissues import Tissue
-from scripts.writers import read_csv, write_analyze
 
 PAGE = (ROOT / "docs" / "from_python.md").read_text()
 EXAMPLES = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)

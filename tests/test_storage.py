@@ -31,7 +31,8 @@ from scripts.data.storage import CopyOut, StorageError, StoredFolder, local_data
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
-from scripts.writers import BackgroundWriter, read_csv
+from scripts.results.tables import read_csv
+from scripts.results.writers import BackgroundWriter
 
 EVALUATE = "['configs/train.json','configs/evaluate.json']"
 
@@ -374,7 +375,7 @@ def segmented(engine) -> Iterator[dict]:
 
 
 def test_labels_written_in_the_background_are_copied_out_at_the_end(memory, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("scripts.writers.segmented_subjects", segmented)
+    monkeypatch.setattr("scripts.results.writers.segmented_subjects", segmented)
     copy_out = CopyOut(["memory://out", "memory://out/", "plain"], str(tmp_path))
     evaluator("12", SlowWriter(copy_out.folders[0].local), copy_out).run()
     assert memory.find("/out") == ["/out/label-1", "/out/label-2"]
@@ -382,7 +383,7 @@ def test_labels_written_in_the_background_are_copied_out_at_the_end(memory, tmp_
 
 
 def test_finished_subjects_are_copied_out_when_a_later_one_is_bad(memory, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.writers.segmented_subjects", segmented)
+    monkeypatch.setattr("scripts.results.writers.segmented_subjects", segmented)
     copy_out = CopyOut(["memory://out"], str(tmp_path))
     with pytest.raises(InputError, match="bad subject"):
         evaluator(["1", "bad"], SlowWriter(copy_out.folders[0].local), copy_out).run()

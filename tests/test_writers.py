@@ -9,7 +9,8 @@ from conftest import ROOT
 
 from scripts.errors import InputError
 from scripts.files import whole_files
-from scripts.writers import LabelSaver, markdown_table, write_analyze, write_csv, write_label, write_map
+from scripts.results.label_images import LabelSaver, write_analyze, write_label, write_map
+from scripts.results.tables import markdown_table, write_csv
 
 RNG = np.random.default_rng(1)
 LABEL = RNG.integers(0, 4, (5, 6, 7)).astype(np.uint8)

@@ -22,8 +22,6 @@ VERSIONS = ("brain", "preproc", None)
 # grids of the subject's own; scans that were warped to a template are passed over
 OWN_SPACES = (None, "orig", "T1w", "T2w")
 LARGEST_JSON = 10 * 2**20  # bytes; what stands beside a scan has some thousand
-# `desc` of our results
-DESC = "skipdenseseg"
 
 
 class BidsSubject(TypedDict):
@@ -233,20 +231,3 @@ def needed_files(names: Collection[str]) -> set[str]:
     if images:
         return images | {name for name in anat if name.endswith(".json")} | {n for n in names if "/" not in n}
     return {name for name, path in paths.items() if path.parts[0] != "derivatives"}
-
-
-def derivative_path(anat: str, subject: str, what: str, suffix: str) -> PurePath:
-    """Path of a result from the derivative dataset on.
-
-    Args:
-        anat: folder of the scans from their dataset on, as in `BidsSubject`.
-        subject: the id.
-        what: 'label', 'probability-csf', '-gm' or '-wm', or 'uncertainty', for which BIDS has no name of its own.
-        suffix: '.nii.gz' or '.nii'; a '.png' goes to the folder `figures` beside `anat`.
-    """
-    if what.startswith("probability-"):
-        ending = f"label-{what.removeprefix('probability-').upper()}_desc-{DESC}_probseg"
-    else:
-        ending = {"label": f"desc-{DESC}_dseg", "uncertainty": f"desc-{DESC}_uncertainty"}[what]
-    folder = PurePath(anat)
-    return (folder.with_name("figures") if suffix == ".png" else folder) / f"{subject}_{ending}{suffix}"

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from scripts.data.bids import needed_files
 from scripts.errors import InputError, require_path
 from scripts.files import UNFINISHED, whole_files
-from scripts.writers import BackgroundWriter
+from scripts.results.writers import BackgroundWriter
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,9 @@ from monai.networks import one_hot
 from scripts.distributed import gathered
 from scripts.errors import InputError
 from scripts.files import whole_files
+from scripts.results.tables import markdown_table, read_csv, write_csv
+from scripts.results.writers import segmented_subjects
 from scripts.tissues import TISSUES, Tissue
-from scripts.writers import markdown_table, read_csv, segmented_subjects, write_csv
 
 
 def tissue_scores(prediction: torch.Tensor, label: torch.Tensor, spacing: tuple[float, ...]) -> dict[str, float]:

@@ -9,14 +9,16 @@ from typing import Any
 import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
-from scripts.data.bids import DESC, read_json
+from scripts.data.bids import read_json
 from scripts.data.subjects import Subject, place
 from scripts.errors import InputError
 from scripts.files import whole_files
-from scripts.metrics import VolumeTable, tissue_volumes
-from scripts.provenance import metadata
+from scripts.results.metrics import VolumeTable, tissue_volumes
+from scripts.results.paths import DESC, result_path
+from scripts.results.provenance import metadata
+from scripts.results.tables import write_csv
+from scripts.results.writers import segmented_subjects
 from scripts.tissues import Tissue
-from scripts.writers import result_path, segmented_subjects, write_csv
 
 BIDS_VERSION = "1.11.1"
 LONGEST_DOI = 200

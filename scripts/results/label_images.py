@@ -1,21 +1,16 @@
-"""Files that are whole or not there: label images, tables and whatever else a command leaves behind."""
+"""Label images and maps that open beside the T1."""
 
-import csv
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
-from weakref import WeakSet
+from typing import Any
 
 import nibabel as nib
 import numpy as np
-from ignite.engine import Engine, Events
 from nibabel.spatialimages import SpatialImage
 
-from scripts.data.bids import derivative_path
 from scripts.errors import InputError
 from scripts.files import whole_files
+from scripts.results.paths import result_path
+from scripts.results.writers import BackgroundWriter
 from scripts.tissues import ISEG_VALUES
 
 # of NIfTI; its qform takes voxel sizes and a sign from `pixdim` besides
@@ -23,47 +18,6 @@ AFFINE_FIELDS = (
     *("sform_code", "srow_x", "srow_y", "srow_z"),
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
 )
-
-
-class _TabSeparated(csv.excel_tab):
-    """TSV as BIDS has it."""
-
-    lineterminator = "\n"
-
-
-def _dialect(path: str | Path) -> type[csv.Dialect]:
-    return _TabSeparated if Path(path).suffix == ".tsv" else csv.excel
-
-
-def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV or, by its name, TSV file with a header line."""
-    with Path(path).open(newline="") as file:
-        return list(csv.DictReader(file, dialect=_dialect(path)))
-
-
-def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of like keys as a CSV or, by its name, TSV file with a header line."""
-    path = Path(path)
-    with whole_files(path.parent) as temporary, (temporary / path.name).open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), dialect=_dialect(path))
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table; columns in order of appearance."""
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-
-    def cell(value: Any) -> str:
-        if value is None:
-            return ""
-        if isinstance(value, float):
-            return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
-        return str(value).replace("|", "\\|")
-
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    lines += ["| " + " | ".join(cell(row.get(name)) for name in columns) + " |" for row in rows]
-    return "\n".join(lines)
 
 
 def write_analyze(path: str | Path, values: np.ndarray, description: str = "") -> None:
@@ -146,76 +100,13 @@ def write_map(path: str | Path, values: np.ndarray, t1_path: str) -> None:
         nib.save(image, temporary / path.name)
 
 
-def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
-    """What an evaluator has at hand of each subject of its present batch, for handlers at ITERATION_COMPLETED.
-
-    Yields:
-        A dict with `subject` (id), `t1` (intensities), `pred` and `label` (0 background, 1 CSF, 2 GM, 3 WM), the three
-        as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none. Where
-        asked for also `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z), see `scripts.probabilities`.
-    """
-    for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
-        yield {**batch, **output}
-
-
-def result_path(output_dir: str | Path, item: Mapping[str, Any], what: str, suffix: str) -> Path:
-    """Where a result of a subject goes; that of a BIDS subject as `scripts.data.bids.derivative_path` has it.
-
-    Args:
-        output_dir: the folder of the results.
-        item: the subject, as `segmented_subjects` gives it; one of a BIDS dataset has `anat` as well.
-        what: what it shows: 'label', 'scored' and so on.
-        suffix: '.nii.gz', '.nii', '.hdr' or '.png'.
-    """
-    if "anat" in item:
-        return Path(output_dir) / derivative_path(item["anat"], item["subject"], what, suffix)
-    return Path(output_dir) / f"subject-{item['subject']}-{what}{suffix}"
-
-
-class BackgroundWriter(ABC):
-    """Handler that writes something of each subject in a thread, while the next subject is computed.
-
-    At most one subject waits to be written. What goes wrong in the thread is raised at the next subject or at the end.
-
-    Args:
-        output_dir: the folder to write to.
-    """
-
-    writing: ClassVar[WeakSet[Future[None]]] = WeakSet()  # of all these handlers
-    what: ClassVar[str] = ""  # what the folder holds then, if that is to be said at the end
-
-    def __init__(self, output_dir: str) -> None:
-        self.output_dir = Path(output_dir)
-        self.thread = ThreadPoolExecutor(max_workers=1)
-        self.unfinished: list[Future[None]] = []
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.begin)
-        engine.add_event_handler(Events.COMPLETED, self.finish)
-        if self.what:
-            engine.add_event_handler(Events.COMPLETED, lambda: print(f"{self.what}: {self.output_dir}"))
-
-    def begin(self, engine: Engine) -> None:
-        self.finish()
-        self.unfinished = [self.thread.submit(self.write, item) for item in segmented_subjects(engine)]
-        self.writing.update(self.unfinished)
-
-    def finish(self) -> None:
-        for written in self.unfinished:
-            written.result()
-
-    @abstractmethod
-    def write(self, item: dict[str, Any]) -> None:
-        """Write what belongs to one subject, given as by `segmented_subjects`."""
-
-
 class LabelSaver(BackgroundWriter):
     """Handler that writes each segmented subject as `subject-<id>-label`.
 
     Args:
         output_dir: the folder to write to.
         suffix: '.nii.gz' or '.nii' for NIfTI with labels 0 to 3, '.hdr' for Analyze pairs with iSeg's values.
-        made_by: see `scripts.provenance.made_by`; stands in the images.
+        made_by: see `scripts.results.provenance.made_by`; stands in the images.
 
     Raises:
         InputError: another suffix is asked for.

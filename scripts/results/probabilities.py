@@ -8,8 +8,10 @@ import torch
 from monai.transforms import Transform
 from monai.utils import convert_to_dst_type
 
+from scripts.results.label_images import write_map
+from scripts.results.paths import result_path
+from scripts.results.writers import BackgroundWriter
 from scripts.tissues import Tissue
-from scripts.writers import BackgroundWriter, result_path, write_map
 
 
 class Probabilitiesd(Transform):

@@ -1,22 +1,19 @@
 """Pictures by which a person judges a segmentation."""
 
-import time
 from collections.abc import Sequence
 from typing import Any
 
 import nibabel as nib
 import numpy as np
-import psutil
-from ignite.engine import Engine, Events
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from monai.data import MetaTensor
-from monai.engines import IterationEvents
 
 from scripts.files import whole_files
+from scripts.results.paths import result_path
+from scripts.results.writers import BackgroundWriter
 from scripts.tissues import Tissue
-from scripts.writers import BackgroundWriter, result_path
 
 # told apart, and from grey, without colour vision of one kind or another: three of Okabe and Ito's, and violet
 TISSUE_COLORS = {Tissue.CSF: "#56b4e9", Tissue.GM: "#d55e00", Tissue.WM: "#f0e442"}
@@ -70,7 +67,7 @@ def segmentation_picture(
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
         label: the true labels likewise; a last column then marks the voxels where the two disagree.
         title: stands above the picture.
-        uncertainty: from 0 to 1 likewise, as `scripts.probabilities` has it; a column shows it inside the brain.
+        uncertainty: from 0 to 1 likewise, as `scripts.results.probabilities` has it; a column shows it inside the brain.
     """
     t1_values, segmented = canonical(t1), canonical(prediction)
     box = brain_box(t1_values)
@@ -133,7 +130,7 @@ class PictureSaver(BackgroundWriter):
     """Handler that draws each subject of an evaluator by `segmentation_picture`.
 
     The file is `subject-<id>-scored.png` where there is a label, else `subject-<id>-label.png`; for a BIDS dataset see
-    `scripts.data.bids.derivative_path`.
+    `scripts.results.paths.derivative_path`.
 
     Args:
         output_dir: the folder to write to.
@@ -148,38 +145,3 @@ class PictureSaver(BackgroundWriter):
         with whole_files(path.parent) as temporary:
             # noise is hardly made smaller by more effort: level 6 saves 5 % and takes 0.1 s longer
             figure.savefig(temporary / path.name, dpi=80, facecolor="black", pil_kwargs={"compress_level": 1})
-
-
-class TimeReport:
-    """Handler that says where the time of an evaluator's run went. It stands before the handlers that write."""
-
-    def __init__(self) -> None:
-        self.seconds = dict.fromkeys(("reading", "network", "back to the own grid", "writing"), 0.0)
-        self.start_up = 0.0
-        self.last = 0.0
-
-    def attach(self, engine: Engine) -> None:
-        """Each span is from the event before it to the one named here."""
-        engine.add_event_handler(Events.STARTED, self.begin)
-        engine.add_event_handler(Events.GET_BATCH_COMPLETED, self.end_span, "reading")
-        engine.add_event_handler(IterationEvents.FORWARD_COMPLETED, self.end_span, "network")
-        engine.add_event_handler(Events.ITERATION_COMPLETED, self.end_span, "back to the own grid")
-        engine.add_event_handler(Events.GET_BATCH_STARTED, self.end_span, "writing")
-        engine.add_event_handler(Events.COMPLETED, self.tell)
-
-    def begin(self) -> None:
-        self.last = time.monotonic()
-        # the clock of day may have been set back since
-        self.start_up = max(0.0, time.time() - psutil.Process().create_time())
-
-    def end_span(self, name: str) -> None:
-        now = time.monotonic()
-        self.seconds[name] += now - self.last
-        self.last = now
-
-    def tell(self, engine: Engine) -> None:
-        self.end_span("writing")
-        subjects = max(engine.state.iteration, 1)
-        spans = ", ".join(f"{name} {seconds / subjects:.2f}" for name, seconds in self.seconds.items())
-        mean = sum(self.seconds.values()) / subjects
-        print(f"time: {self.start_up:.1f} s to start up, then {mean:.2f} s a subject, waiting for {spans}")

@@ -1,0 +1,1 @@
+"""What a run leaves behind for each subject and for all."""
