@@ -96,7 +96,7 @@ CONTENTS = (
     "scripts/submission.py",
     "scripts/synthesis.py",
     "scripts/synthesize.py",
-    "scripts/tracking.py",
+    "scripts/training/tracking.py",
     "scripts/data/transforms.py",
     "scripts/weights.py",
     "scripts/workflow.py",

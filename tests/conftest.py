@@ -44,7 +44,7 @@ FORKING = """
 import json, os, runpy, signal, sys
 import monai.bundle, torch.utils.tensorboard
 import scripts.__main__, scripts.results.bids_derivative, scripts.html_report, scripts.results.probabilities, scripts.training.resume
-import scripts.tracking
+import scripts.training.tracking
 
 for line in sys.stdin:
     order = json.loads(line)

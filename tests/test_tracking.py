@@ -33,7 +33,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from scripts.errors import InputError
 from scripts.settings import require_tracking_package
-from scripts.tracking import PictureLog, run_name, with_run
+from scripts.training.tracking import PictureLog, run_name, with_run
 
 PAGE = "docs/experiment_tracking.md"
 TRAIN = ("run", "training", "--config_file", "configs/train.json", *QUICK, "--epochs", "3")
@@ -115,7 +115,7 @@ def test_run_to_go_on_with_is_of_its_kind_and_folder(monkeypatch, tmp_path):
     client = SimpleNamespace(
         get_experiment_by_name=lambda name: SimpleNamespace(experiment_id=0), search_runs=lambda *arguments: runs
     )
-    monkeypatch.setattr("scripts.tracking.mlflow", SimpleNamespace(MlflowClient=lambda uri: client))
+    monkeypatch.setattr("scripts.training.tracking.mlflow", SimpleNamespace(MlflowClient=lambda uri: client))
     arguments = {"folder": str(tmp_path), "tracking_uri": "sqlite:///x.db", "experiment_name": "x", "resume": True}
     assert run_name("training", **arguments) == "training-1"
     assert run_name("inference", **arguments).startswith("inference-20")
