@@ -24,10 +24,10 @@ from PIL import Image
 from test_report_pictures import picture, subject
 from test_report_plots import write_log
 
-from scripts import html_report
-from scripts.html_report import MOST_VIEWERS, Part, ReportSaver, render, subject_part
 from scripts.network import SkipDenseSeg
 from scripts.phantom import label_map
+from scripts.report import page as html_report
+from scripts.report.page import MOST_VIEWERS, Part, ReportSaver, render, subject_part
 from scripts.results.pictures import DISAGREEMENT_COLOR, TISSUE_COLORS
 from scripts.results.provenance import ProvenanceSaver
 from scripts.results.tables import write_csv

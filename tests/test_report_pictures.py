@@ -9,8 +9,8 @@ import torch
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts import report_pictures
-from scripts.report_pictures import LABEL_STEP, draw, side_by_side
+from scripts.report import viewer as report_pictures
+from scripts.report.viewer import LABEL_STEP, draw, side_by_side
 from scripts.results.pictures import brain_box
 
 LAS = torch.diag(torch.tensor([-1.0, 1, 1, 1], dtype=torch.float64))

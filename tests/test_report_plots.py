@@ -5,8 +5,8 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from scripts import report_plots
-from scripts.report_plots import training_history
+from scripts.report import plots as report_plots
+from scripts.report.plots import training_history
 
 
 def write_log(folder: Path, epochs: range, loss: int, validated_first: bool = False) -> None:

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
-from scripts import report_warnings
-from scripts.html_report import MOST_VIEWERS
-from scripts.report_warnings import (
+from scripts.report import warnings as report_warnings
+from scripts.report.page import MOST_VIEWERS
+from scripts.report.warnings import (
     LARGEST_DIFFERENCE_OF_VOXEL,
     LARGEST_USUAL_BRAIN,
     SIX_MONTHS,

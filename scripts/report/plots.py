@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
-from scripts.report_warnings import usual_range
+from scripts.report.warnings import usual_range
 from scripts.results.pictures import TISSUE_COLORS
 from scripts.tissues import Tissue
 

@@ -20,9 +20,9 @@ from PIL import Image
 
 from scripts.distributed import gathered
 from scripts.files import whole_files
-from scripts.report_pictures import LABEL_STEP, OPAQUE_UNCERTAINTY, UNCERTAINTY_STEP, Pictures, draw
-from scripts.report_plots import box_plots, learning_curves, training_history
-from scripts.report_warnings import (
+from scripts.report.plots import box_plots, learning_curves, training_history
+from scripts.report.viewer import LABEL_STEP, OPAQUE_UNCERTAINTY, UNCERTAINTY_STEP, Pictures, draw
+from scripts.report.warnings import (
     DEVIATIONS,
     SIX_MONTHS,
     SOURCE,
