@@ -94,7 +94,7 @@ CONTENTS = (
     "scripts/data/storage.py",
     "scripts/data/subjects.py",
     "scripts/submission.py",
-    "scripts/synthesis.py",
+    "scripts/synthesis/contrast.py",
     "scripts/synthesize.py",
     "scripts/training/tracking.py",
     "scripts/data/transforms.py",

@@ -15,11 +15,11 @@ from tqdm import tqdm
 
 from scripts.errors import require_whole_numbers
 from scripts.files import whole_files
-from scripts.phantom import label_map
 from scripts.results.tables import markdown_table, write_csv
 from scripts.segment import Segmenter
-from scripts.synthesis import APPEARANCES, T1_CONTRAST, T2_CONTRAST, Appearance, six_month_subject
-from scripts.synthesize import LabelMap, find_label_maps, read_label_map
+from scripts.synthesis.contrast import APPEARANCES, T1_CONTRAST, T2_CONTRAST, Appearance, six_month_subject
+from scripts.synthesis.label_maps import LabelMap, find_label_maps, read_label_map
+from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import TISSUES, Tissue
 
 
@@ -28,7 +28,7 @@ class Condition:
     """What a synthetic scan is like.
 
     Attributes:
-        contrast: a key of `scripts.synthesis.APPEARANCES`.
+        contrast: a key of `scripts.synthesis.contrast.APPEARANCES`.
         noise, bias: factors of the noise and of the bias field.
         gain: factor of all intensities.
         voxel: side of the voxels in mm, to which the scan is interpolated; 0 leaves the grid as it is.

@@ -26,9 +26,9 @@ from monai.bundle import ConfigWorkflow
 from scipy.ndimage import zoom
 
 from scripts.network import SkipDenseSeg
-from scripts.phantom import label_map
 from scripts.results.label_images import write_analyze
-from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import ISEG_VALUES
 
 matplotlib.use("Agg")

@@ -24,11 +24,11 @@ from test_tracking import is_picture, tensorboard_log
 from scripts.__main__ import take_text_as_it_is
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.phantom import label_map
 from scripts.results.metrics import tissue_scores
 from scripts.results.tables import read_csv
 from scripts.segment import segment as segment_files
-from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import tissue_labels
 
 EVALUATE = "['configs/train.json','configs/evaluate.json']"

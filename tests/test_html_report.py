@@ -25,13 +25,13 @@ from test_report_pictures import picture, subject
 from test_report_plots import write_log
 
 from scripts.network import SkipDenseSeg
-from scripts.phantom import label_map
 from scripts.report import page as html_report
 from scripts.report.page import MOST_VIEWERS, Part, ReportSaver, render, subject_part
 from scripts.results.pictures import DISAGREEMENT_COLOR, TISSUE_COLORS
 from scripts.results.provenance import ProvenanceSaver
 from scripts.results.tables import write_csv
-from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import Tissue
 from scripts.weights import load_weights
 

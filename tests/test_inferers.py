@@ -19,9 +19,9 @@ from scripts.inference.precision import MixedPrecisionInferer, folded, needs_los
 from scripts.inference.windows import LargestWindowInferer, fitting_window
 from scripts.machine import available_memory, left_by_groups
 from scripts.network import SkipDenseSeg
-from scripts.phantom import label_map
-from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, nominal, six_month_image, six_month_subject
-from scripts.synthesize import read_label_map
+from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, nominal, six_month_image, six_month_subject
+from scripts.synthesis.label_maps import read_label_map
+from scripts.synthesis.phantom_brains import label_map
 from scripts.weights import load_weights
 
 LABEL_MAPS = ROOT.parent / "shared" / "data" / "anatomies"

@@ -7,7 +7,7 @@ from conftest import bundle, last_line
 
 from scripts.errors import InputError
 from scripts.phantom import phantom
-from scripts.synthesis import histogram_overlap
+from scripts.synthesis.contrast import histogram_overlap
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,10 @@ from scripts.errors import InputError
 from scripts.inference.averaging import AveragingInferer, with_dropout
 from scripts.inference.precision import MixedPrecisionInferer
 from scripts.network import SkipDenseSeg
-from scripts.phantom import label_map
 from scripts.results.probabilities import PredictiveEntropyd, Probabilitiesd
 from scripts.segment import segment
-from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.phantom_brains import label_map
 
 FP32 = MixedPrecisionInferer(SimpleInferer(), "fp32")
 LAS = np.diag([-1.0, 1.0, 1.0, 1.0])

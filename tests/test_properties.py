@@ -25,9 +25,9 @@ from scripts.data.hdf5 import read_hdf5
 from scripts.data.subjects import find_subjects
 from scripts.data.volumes import read_volume
 from scripts.hdf5 import prepare_hdf5
-from scripts.phantom import label_map
 from scripts.results.label_images import LabelSaver, write_analyze, write_label
 from scripts.results.metrics import tissue_scores
+from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import ISEG_VALUES, tissue_labels
 
 ORIENTATIONS = [

@@ -5,8 +5,8 @@ import pytest
 from conftest import configured, save_subject
 
 from scripts.data.alignment import FEWEST_VOXELS, has_values, not_registered
-from scripts.phantom import label_map
-from scripts.synthesis import nominal, patchwork, six_month_subject, varied
+from scripts.synthesis.contrast import nominal, patchwork, six_month_subject, varied
+from scripts.synthesis.phantom_brains import label_map
 
 WARNING = "T2 fits T1 as well, or nearly, when it is moved by 3 mm; register it to T1"
 RNG = np.random.default_rng(5)

@@ -6,8 +6,8 @@ from conftest import bundle
 from scripts.errors import InputError
 from scripts.results.tables import read_csv
 from scripts.robustness import CONDITIONS, _means, dice, robustness, scan
-from scripts.synthesis import histogram_overlap
-from scripts.synthesize import LabelMap
+from scripts.synthesis.contrast import histogram_overlap
+from scripts.synthesis.label_maps import LabelMap
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ from conftest import ROOT, save_subject
 from monai.bundle import ConfigWorkflow
 
 from scripts.errors import InputError
-from scripts.phantom import label_map
 from scripts.results.label_images import write_analyze
 from scripts.results.tables import read_csv
 from scripts.segment import Segmentation, Segmenter, segment
-from scripts.synthesis import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import Tissue
 
 PAGE = (ROOT / "docs" / "from_python.md").read_text()

@@ -5,8 +5,7 @@ from scipy.ndimage import center_of_mass
 
 from scripts.data.transforms import NormalizeByT1Maskd
 from scripts.errors import InputError
-from scripts.phantom import label_map
-from scripts.synthesis import (
+from scripts.synthesis.contrast import (
     APPEARANCES,
     RandSixMonthImaged,
     histogram_overlap,
@@ -16,6 +15,7 @@ from scripts.synthesis import (
     six_month_subject,
     varied,
 )
+from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import Tissue
 
 

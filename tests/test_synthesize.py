@@ -5,8 +5,9 @@ from conftest import bundle, last_line
 
 from scripts.data.subjects import find_subjects
 from scripts.errors import InputError
-from scripts.synthesis import histogram_overlap
-from scripts.synthesize import read_label_map, synthesize
+from scripts.synthesis.contrast import histogram_overlap
+from scripts.synthesis.label_maps import read_label_map
+from scripts.synthesize import synthesize
 from scripts.tissues import ISEG_VALUES
 
 

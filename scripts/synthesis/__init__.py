@@ -1,0 +1,1 @@
+"""T1 and T2 made from label maps."""
