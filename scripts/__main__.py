@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 import fire
 
-from scripts.bench import bench
-from scripts.compare_recipes import compare_recipes
-from scripts.cross_validation import cross_validate, gather_folds
+from scripts.commands.bench import bench
+from scripts.commands.compare_recipes import compare_recipes
+from scripts.commands.cross_validate import cross_validate, gather_folds
+from scripts.commands.import_weights import import_weights
+from scripts.commands.package import package
+from scripts.commands.phantom import phantom
+from scripts.commands.prepare_hdf5 import prepare_hdf5
+from scripts.commands.robustness import robustness
+from scripts.commands.submission import submission
+from scripts.commands.synthesize import synthesize
 from scripts.errors import InputError, show_input_errors_in_one_line
-from scripts.hdf5 import prepare_hdf5
-from scripts.import_weights import import_weights
-from scripts.package import package
-from scripts.phantom import phantom
-from scripts.robustness import robustness
 from scripts.settings import given_options, nearest
-from scripts.submission import submission
-from scripts.synthesize import synthesize
 
 COMMANDS = {
     "phantom": phantom,

@@ -20,8 +20,8 @@ from monai.data import MetaTensor
 from monai.networks import one_hot
 from monai.transforms import Compose
 
+from scripts.commands.import_weights import import_weights
 from scripts.data.subjects import find_subjects
-from scripts.import_weights import import_weights
 from scripts.network import SkipDenseSeg
 from scripts.results.label_images import write_label
 from scripts.settings import given_options, refuse_unknown_overrides

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import save_subject
 
-from scripts import bench
+from scripts.commands import bench
 from scripts.errors import InputError
 from scripts.inference.precision import network_precision
 from scripts.results.tables import markdown_table

@@ -7,7 +7,7 @@ from conftest import ROOT, save_subject
 from monai.bundle import ConfigParser
 from test_tracking import tensorboard_log
 
-from scripts.compare_recipes import _summary, compare_recipes
+from scripts.commands.compare_recipes import _summary, compare_recipes
 from scripts.errors import InputError
 from scripts.results.tables import read_csv
 from scripts.settings import unknown_setting
@@ -88,14 +88,14 @@ def test_bad_options(dataset, tmp_path, settings, message):
 
 def test_misspelt_setting_of_a_recipe(dataset, tmp_path, monkeypatch):
     (tmp_path / "comparison.json").write_text(json.dumps({"mine": {"learning_rat": 1.0}}))
-    monkeypatch.setattr("scripts.compare_recipes.RECIPES", tmp_path / "comparison.json")
+    monkeypatch.setattr("scripts.commands.compare_recipes.RECIPES", tmp_path / "comparison.json")
     with pytest.raises(InputError, match=r"comparison.json: mine has learning_rat, .* did you mean --learning_rate\?"):
         compare_recipes(str(dataset), 9, str(tmp_path / "o"))
 
 
 def test_only_what_a_comparison_began_is_begun_anew(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.compare_recipes._seconds_a_step", None)
-    monkeypatch.setattr("scripts.compare_recipes.ProcessPoolExecutor", TimedAtOnce)
+    monkeypatch.setattr("scripts.commands.compare_recipes._seconds_a_step", None)
+    monkeypatch.setattr("scripts.commands.compare_recipes.ProcessPoolExecutor", TimedAtOnce)
     monkeypatch.setattr("subprocess.run", lambda command: SimpleNamespace(returncode=1))
     mine = tmp_path / "UNet" / "seed-0" / "mine.txt"
     mine.parent.mkdir(parents=True)
@@ -107,8 +107,8 @@ def test_only_what_a_comparison_began_is_begun_anew(dataset, tmp_path, monkeypat
 
 
 def test_training_is_kept_where_only_scoring_was_stopped(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr("scripts.compare_recipes._seconds_a_step", None)
-    monkeypatch.setattr("scripts.compare_recipes.ProcessPoolExecutor", TimedAtOnce)
+    monkeypatch.setattr("scripts.commands.compare_recipes._seconds_a_step", None)
+    monkeypatch.setattr("scripts.commands.compare_recipes.ProcessPoolExecutor", TimedAtOnce)
     ran = []
     last = tmp_path / "UNet" / "seed-0" / "last.pt"
 
@@ -151,7 +151,7 @@ def test_recipes_train_for_the_steps_that_fit_and_are_scored_by_their_last_netwo
         "mindspore": RECIPES["mindspore"] | small,
     }
     (tmp_path / "comparison.json").write_text(json.dumps(recipes))
-    monkeypatch.setattr("scripts.compare_recipes.RECIPES", tmp_path / "comparison.json")
+    monkeypatch.setattr("scripts.commands.compare_recipes.RECIPES", tmp_path / "comparison.json")
     options = {"dataset_dir": str(tmp_path / "data"), "val_subjects": [9], "output_dir": str(tmp_path), "seeds": 1}
     compare_recipes(**options, minutes=0.02, names=["bundle", "UNet"])
     compare_recipes(**options, minutes=0.02, names="mindspore")

@@ -16,8 +16,8 @@ import pytest
 from conftest import QUICK, ROOT, bundle, last_line
 from monai.bundle import ConfigParser
 
-from scripts import cross_validation
-from scripts.cross_validation import cross_validate, deal, gather_folds, score_report
+from scripts.commands import cross_validate as cross_validation
+from scripts.commands.cross_validate import cross_validate, deal, gather_folds, score_report
 from scripts.errors import InputError
 from scripts.results.tables import read_csv, write_csv
 from scripts.settings import given_options

@@ -15,8 +15,8 @@ from conftest import ROOT, bundle, copy_bundle, last_line
 from monai.data import load_net_with_metadata
 from test_docs import blocks
 
+from scripts.commands.phantom import phantom
 from scripts.network import SkipDenseSeg
-from scripts.phantom import phantom
 from scripts.weights import load_weights
 
 PAGE = "docs/exporting.md"

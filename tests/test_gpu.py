@@ -9,12 +9,12 @@ import torch
 from conftest import configured
 from ignite.engine import Events
 
+from scripts.commands.robustness import dice, phantom_scan
 from scripts.errors import InputError
 from scripts.inference.precision import MixedPrecisionInferer
 from scripts.inference.windows import BYTES_PER_VOXEL, LargestWindowInferer
 from scripts.network import SkipDenseSeg
 from scripts.results.tables import read_csv
-from scripts.robustness import dice, phantom_scan
 from scripts.segment import Segmenter
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")

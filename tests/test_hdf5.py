@@ -13,11 +13,11 @@ from conftest import QUICK, ROOT, bundle, configured, save_subject, save_volume
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
+from scripts.commands.prepare_hdf5 import prepare_hdf5
 from scripts.data.hdf5 import read_hdf5
 from scripts.data.subjects import find_subjects, training_subjects
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
-from scripts.hdf5 import prepare_hdf5
 from scripts.results.tables import read_csv
 
 TRAIN = str(ROOT / "configs" / "train.json")

@@ -13,8 +13,8 @@ import torch
 from conftest import bundle
 from test_network import PAPER
 
+from scripts.commands.import_weights import import_weights, name_from_mindspore
 from scripts.errors import InputError
-from scripts.import_weights import import_weights, name_from_mindspore
 from scripts.network import SkipDenseSeg
 from scripts.weights import load_weights
 

@@ -23,10 +23,10 @@ from conftest import QUICK, ROOT, bundle, copy_bundle, save_subject, server
 from huggingface_hub import ModelCard
 from test_docs import blocks
 
-from scripts import package as package_module
+from scripts.commands import package as package_module
+from scripts.commands.package import AT_THE_TOP, CONTENTS, NAME, package, require_publishable, zipped
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.package import AT_THE_TOP, CONTENTS, NAME, package, require_publishable, zipped
 
 PAGE = "docs/packaging.md"
 METADATA = json.loads((ROOT / "configs" / "metadata.json").read_text())

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from conftest import bundle, last_line
 
+from scripts.commands.phantom import phantom
 from scripts.errors import InputError
-from scripts.phantom import phantom
 from scripts.synthesis.contrast import histogram_overlap
 
 

@@ -21,10 +21,10 @@ from nibabel.orientations import inv_ornt_aff
 from scipy.ndimage import grey_dilation, grey_erosion
 from test_metrics import surface
 
+from scripts.commands.prepare_hdf5 import prepare_hdf5
 from scripts.data.hdf5 import read_hdf5
 from scripts.data.subjects import find_subjects
 from scripts.data.volumes import read_volume
-from scripts.hdf5 import prepare_hdf5
 from scripts.results.label_images import LabelSaver, write_analyze, write_label
 from scripts.results.metrics import tissue_scores
 from scripts.synthesis.phantom_brains import label_map

@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 from conftest import bundle
 
+from scripts.commands.robustness import CONDITIONS, _means, dice, robustness, scan
 from scripts.errors import InputError
 from scripts.results.tables import read_csv
-from scripts.robustness import CONDITIONS, _means, dice, robustness, scan
 from scripts.synthesis.contrast import histogram_overlap
 from scripts.synthesis.label_maps import LabelMap
 

@@ -8,9 +8,9 @@ import pytest
 import SimpleITK
 from conftest import bundle, last_line, save_volume
 
+from scripts.commands.submission import TEST_SUBJECTS, submission
 from scripts.errors import InputError
 from scripts.results.label_images import write_label
-from scripts.submission import TEST_SUBJECTS, submission
 from scripts.tissues import ISEG_VALUES
 
 SHAPES = {str(number): (6, 7, 8) for number in TEST_SUBJECTS} | {"11": (144, 192, 256), "23": (160, 192, 256)}

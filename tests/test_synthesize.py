@@ -3,11 +3,11 @@ import numpy as np
 import pytest
 from conftest import bundle, last_line
 
+from scripts.commands.synthesize import synthesize
 from scripts.data.subjects import find_subjects
 from scripts.errors import InputError
 from scripts.synthesis.contrast import histogram_overlap
 from scripts.synthesis.label_maps import read_label_map
-from scripts.synthesize import synthesize
 from scripts.tissues import ISEG_VALUES
 
 

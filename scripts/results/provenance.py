@@ -17,11 +17,11 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Trainer
 
+from scripts.commands.package import NAME
 from scripts.data.storage import without_credentials
 from scripts.files import whole_files
 from scripts.inference.exported import is_exported
 from scripts.inference.precision import network_precision
-from scripts.package import NAME
 from scripts.weights import begins, checkpoint_paths, holds
 
 METADATA = Path(__file__).parents[1] / "configs" / "metadata.json"

@@ -23,7 +23,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from scripts.compare_recipes import RECIPES
+from scripts.commands.compare_recipes import RECIPES
+from scripts.commands.phantom import phantom
 from scripts.data.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers
 from scripts.files import whole_files
@@ -31,7 +32,6 @@ from scripts.inference.precision import MixedPrecisionInferer, network_precision
 from scripts.inference.windows import LargestWindowInferer
 from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
-from scripts.phantom import phantom
 from scripts.results.tables import markdown_table
 from scripts.training.optimizer import MuonAdamW
 from scripts.weights import load_weights
