@@ -20,6 +20,7 @@ from scripts.errors import UNWRITABLE, InputError
 
 logger = logging.getLogger(__name__)
 
+ROOT = Path(__file__).parents[1]  # the folder of the bundle
 UNFINISHED = ".unfinished-"
 
 

@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -17,12 +16,12 @@ from numpy.typing import ArrayLike
 
 from scripts.data.volumes import VolumeInMemory
 from scripts.errors import InputError, input_error_in, require_whole_numbers
+from scripts.files import ROOT
 from scripts.inference.averaging import CheckpointLoader
 from scripts.machine import require_device
 from scripts.results.metrics import tissue_volumes
 from scripts.settings import unknown_setting
 
-ROOT = Path(__file__).parents[1]
 # what of configs/inference.json is about the files of the command
 OF_THE_COMMAND = {
     *("bundle_root", "dataset_dir", "local_dataset_dir", "output_dir", "local_output_dir", "subjects", "label_suffix"),
@@ -49,10 +48,10 @@ class Segmentation:
 
     Attributes:
         label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, in the order of the axes of the T1; 0 where T1 is 0.
-        volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, as `scripts.results.metrics.tissue_volumes` has them.
+        volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, by `scripts.results.metrics.tissue_volumes`.
         probabilities: float32 (4, X, Y, Z) of background, CSF, GM and WM, which sum to 1.
         affine: 4 x 4, from voxels to RAS mm, that of the T1.
-        uncertainty: float32 (X, Y, Z) from 0 to 1 as `scripts.results.probabilities.PredictiveEntropyd` has it, or None if the
+        uncertainty: float32 (X, Y, Z) from 0 to 1 by `scripts.results.probabilities.PredictiveEntropyd`, or None if the
             setting `uncertainty` doesn't ask for it.
     """
 

@@ -43,8 +43,8 @@ QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--ba
 FORKING = """
 import json, os, runpy, signal, sys
 import monai.bundle, torch.utils.tensorboard
-import scripts.__main__, scripts.results.bids_derivative, scripts.report.page, scripts.results.probabilities, scripts.training.resume
-import scripts.training.tracking
+import scripts.__main__, scripts.results.bids_derivative, scripts.report.page, scripts.results.probabilities
+import scripts.training.resume, scripts.training.tracking
 
 for line in sys.stdin:
     order = json.loads(line)

@@ -112,7 +112,7 @@ def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
         f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
         f"base-uri 'none'; form-action 'none'"
     )
-    assert script == (ROOT / "scripts" / "report_viewer.js").read_text(encoding="utf-8")
+    assert script == (ROOT / "scripts" / "report" / "viewer.js").read_text(encoding="utf-8")
 
 
 def test_warnings_stand_at_the_top_and_beside_the_subject():

@@ -364,7 +364,8 @@ def test_memory_that_containers_and_jobs_leave(tmp_path, kind, limit, used, cach
 @pytest.mark.slow
 def test_available_memory_heeds_the_limit_of_the_user():
     code = (
-        "import resource, torch; from scripts.inference.averaging import available_memory as a; cpu = torch.device('cpu');"
+        "import resource, torch; from scripts.machine import available_memory as a;"
+        "cpu = torch.device('cpu');"
         "free = a(cpu); limit = 6 * 2**30; resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
         "assert 0 < a(cpu) < min(free + 1, limit), (free, a(cpu))"
     )

@@ -27,10 +27,11 @@ from monai.engines import SupervisedEvaluator
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from scripts.data import storage
-from scripts.data.storage import CopyOut, StorageError, StoredFolder, local_dataset, local_results
+from scripts.data.storage import StorageError, StoredFolder, local_dataset, local_results
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
+from scripts.results.copy_out import CopyOut
 from scripts.results.tables import read_csv
 from scripts.results.writers import BackgroundWriter
 

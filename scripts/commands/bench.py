@@ -27,7 +27,7 @@ from scripts.commands.compare_recipes import RECIPES
 from scripts.commands.phantom import phantom
 from scripts.data.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers
-from scripts.files import whole_files
+from scripts.files import ROOT, whole_files
 from scripts.inference.precision import MixedPrecisionInferer, network_precision
 from scripts.inference.windows import LargestWindowInferer
 from scripts.machine import keep_freed_memory
@@ -36,7 +36,6 @@ from scripts.results.tables import markdown_table
 from scripts.training.optimizer import MuonAdamW
 from scripts.weights import load_weights
 
-ROOT = Path(__file__).parents[1]
 PATCH = 64
 PUBLISHED_STRIDE = 8
 CUBES = (96, 128, 192, 256)

@@ -21,13 +21,13 @@ from monai.utils import ensure_tuple
 
 from scripts.data.subjects import Ids, require_subjects, training_subjects, validation_subjects
 from scripts.errors import InputError, require_whole_numbers
-from scripts.files import whole_files
+from scripts.files import ROOT, whole_files
 from scripts.results.metrics import mean_and_deviation
 from scripts.results.tables import markdown_table, read_csv, write_csv
 from scripts.settings import nearest, unknown_setting
 from scripts.tissues import TISSUES
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = ROOT / "configs"
 RECIPES = CONFIGS / "comparison.json"
 # steps that are timed, and those before them that aren't
 TIMED, WARMING_UP = 24, 6

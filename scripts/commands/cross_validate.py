@@ -14,13 +14,12 @@ from monai.utils import ensure_tuple
 
 from scripts.data.subjects import natural_order, require_subjects, training_subjects
 from scripts.errors import InputError
-from scripts.files import whole_files
+from scripts.files import ROOT, whole_files
 from scripts.results.metrics import mean_and_deviation
 from scripts.results.tables import markdown_table, read_csv, write_csv
 from scripts.settings import unknown_setting
 from scripts.tissues import TISSUES
 
-ROOT = Path(__file__).parents[1]
 # settings that each fold has its own of
 OF_A_FOLD = ("bundle_root", "val_subjects", "ckpt_dir", "checkpoints", "resume")
 # by what a text begins that MONAI takes for code, for another setting or for a part of a file

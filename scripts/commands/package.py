@@ -8,11 +8,10 @@ from pathlib import Path
 from monai.bundle import ConfigParser
 
 from scripts.errors import InputError
-from scripts.files import add_to_zip, whole_files
+from scripts.files import ROOT, add_to_zip, whole_files
+from scripts.results.provenance import NAME
 from scripts.weights import read_checkpoint, require_fit
 
-ROOT = Path(__file__).parents[1]
-NAME = "infant_brain_mri_skipdenseseg"
 WEIGHTS = "models/model.pt"
 
 # by name, so that nothing else that lies in these folders gets in
@@ -82,11 +81,11 @@ CONTENTS = (
     "scripts/training/profiling.py",
     "scripts/results/provenance.py",
     "scripts/data/alignment.py",
-    "scripts/report.html.jinja",
+    "scripts/report/page.html.jinja",
     "scripts/results/pictures.py",
     "scripts/report/viewer.py",
     "scripts/report/plots.py",
-    "scripts/report_viewer.js",
+    "scripts/report/viewer.js",
     "scripts/report/warnings.py",
     "scripts/training/resume.py",
     "scripts/commands/robustness.py",

@@ -59,8 +59,9 @@ class AveragingInferer(Inferer):
             several, it only says the architecture, and a copy of it is loaded with each when the first volume comes.
             Exported networks are loaded then too, and say their architecture themselves.
         flips: whether to average over the mirror images along each set of axes, eight of a volume, each turned back.
-        uncertainty: what besides is averaged over, for the entropy of the mean (see `scripts.results.probabilities`): nothing
-            (None or 'network'), the mirror images ('flips'), or passes whose dropout layers drop at random ('dropout').
+        uncertainty: what besides is averaged over, for the entropy of the mean (see `scripts.results.probabilities`):
+            nothing (None or 'network'), the mirror images ('flips'), or passes whose dropout layers drop at random
+            ('dropout').
         dropout_samples: the passes of each network with dropout.
         seed: for dropout; each volume is begun with it, so that its logits don't depend on those before it.
 
@@ -148,8 +149,8 @@ class CheckpointLoader:
     MONAI's federated client switches off what has `CheckpointLoader` in its name, to score the weights it was sent.
 
     Args:
-        checkpoints: as `checkpoint_paths` takes them; `scripts.inference.averaging.AveragingInferer` loads the others, and
-            exported networks wherever they stand.
+        checkpoints: as `checkpoint_paths` takes them; `AveragingInferer` loads the others, and exported networks
+            wherever they stand.
         network: takes the weights.
 
     Raises:

@@ -158,7 +158,7 @@ def render(
         "number": _number,
         "picture": lambda content: _data_uri(Image.open(io.BytesIO(content)).get_format_mimetype(), content),
     }
-    viewer = (HERE / "report_viewer.js").read_text(encoding="utf-8")
+    viewer = (HERE / "viewer.js").read_text(encoding="utf-8")
     # only this script may run, whatever a name holds, and nothing may be fetched
     digest = base64.b64encode(hashlib.sha256(viewer.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'; "
@@ -181,7 +181,7 @@ def render(
     if history:
         plots["Training"] = learning_curves(history)
     inferno = matplotlib.colormaps[UNCERTAINTY_COLORS](np.arange(256), bytes=True)[:, :3]
-    return environment.get_template("report.html.jinja").render(
+    return environment.get_template("page.html.jinja").render(
         policy=policy,
         viewer=viewer,
         constants={

@@ -67,7 +67,7 @@ def segmentation_picture(
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
         label: the true labels likewise; a last column then marks the voxels where the two disagree.
         title: stands above the picture.
-        uncertainty: from 0 to 1 likewise, as `scripts.results.probabilities` has it; a column shows it inside the brain.
+        uncertainty: 0 to 1 likewise, as `scripts.results.probabilities` has it; a column shows it inside the brain.
     """
     t1_values, segmented = canonical(t1), canonical(prediction)
     box = brain_box(t1_values)

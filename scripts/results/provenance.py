@@ -17,14 +17,14 @@ import torch
 from ignite.engine import Engine, Events
 from monai.engines import Trainer
 
-from scripts.commands.package import NAME
 from scripts.data.storage import without_credentials
-from scripts.files import whole_files
+from scripts.files import ROOT, whole_files
 from scripts.inference.exported import is_exported
 from scripts.inference.precision import network_precision
 from scripts.weights import begins, checkpoint_paths, holds
 
-METADATA = Path(__file__).parents[1] / "configs" / "metadata.json"
+NAME = "infant_brain_mri_skipdenseseg"
+METADATA = ROOT / "configs" / "metadata.json"
 GIVEN = "not used: weights were given by the calling program"
 
 

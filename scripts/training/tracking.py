@@ -16,8 +16,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from monai.handlers import MLFlowHandler
 from monai.utils import optional_import
 
-from scripts.data.storage import CopyOut
 from scripts.distributed import own_rank
+from scripts.results.copy_out import CopyOut
 from scripts.results.pictures import segmentation_picture
 from scripts.results.provenance import shown
 from scripts.results.writers import segmented_subjects
