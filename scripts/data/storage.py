@@ -1,7 +1,6 @@
-"""Folders given by URL: copied in before a run, copied out while it runs.
+"""Folders given by URL: their files are copied in before a run and copied out while it runs.
 
-`dataset_dir`, `output_dir` and `ckpt_dir` are plain paths or URLs that fsspec knows, like `s3://bucket/folder`. For a
-URL the run works on a folder under `cache_dir`; for a plain path nothing here does anything.
+`dataset_dir`, `output_dir` and `ckpt_dir` are plain paths or URLs that fsspec knows, such as `s3://bucket/folder`.
 """
 
 import errno
@@ -14,71 +13,84 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
-import fsspec
 from filelock import FileLock
 from fsspec.callbacks import Callback
 from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 from scripts.data.bids import needed_files
-from scripts.errors import InputError, require_path
+from scripts.errors import UNWRITABLE, InputError, require_path
 from scripts.files import UNFINISHED, whole_files
 
 logger = logging.getLogger(__name__)
 
-PATIENCE = 60.0  # seconds for which a server that doesn't answer is asked again
-# where an upload appears whole or not at all, so that it needs no temporary name
-OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az", "oss", "oci", "tos"}
-# what servers call the version of a file, the surest first
-VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "modified", "updated", "created")
-# errors that waiting doesn't mend
-LASTING_ERRORS = (
-    *(FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError),
-    *(ValueError, NotImplementedError),
+# what a run reads of earlier results: to resume, and to extend logs, tables and the description of a BIDS dataset
+RESULT_FILES = (
+    *("last.pt", "step-*.pt", "rank-*.log", "mlruns.db", "volumes.csv", "volumes.tsv", "volumes.json"),
+    *("desc-skipdenseseg_dseg.tsv", "dataset_description.json", ".bidsignore"),
 )
-LASTING_ERRNOS = {errno.EINVAL, errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG}
-KEPT, RECORD, LOCK = ".kept-", ".copied.json", ".lock"
-ARRIVING = f"{UNFINISHED}copy-"  # folders of what is being copied in
+CHECKPOINT_FILES = ("model.pt",)
+PATIENCE = 60.0  # seconds to retry a failing server
+# errors that waiting doesn't mend
+LASTING_ERRORS = (FileExistsError, IsADirectoryError, NotADirectoryError, ValueError, NotImplementedError)
+LASTING_ERRNOS = {errno.EINVAL, *UNWRITABLE}
+# servers where an upload appears whole or not at all, so it needs no temporary name
+OBJECT_STORES = {"s3", "s3a", "gs", "gcs", "abfs", "az", "oss", "oci", "tos"}
+# the fields in which servers give the version of a file, the most reliable first; `fs.ukey` may hash access times
+VERSION_KEYS = ("ETag", "etag", "md5Hash", "mtime", "LastModified", "last_modified", "modified", "updated", "created")
+KEPT, RECORD, LOCK, ARRIVING = ".kept-", ".copied.json", ".lock", ".arriving"
 
 
 class StorageError(InputError):
-    """What is given by URL can't be read or written. The message names the URL."""
+    """A folder given by URL can't be read or written. The message names the URL."""
+
+
+class Folders:
+    """The folders of a run as local paths. Files of folders given by URL are copied to folders in `cache_dir`.
+
+    Attributes:
+        dataset, output, checkpoints: local paths. Plain paths stay as they are.
+        remote: the folders of checkpoints and results that are URLs, in the order to copy them out: `last.pt` in the
+            results must not be newer than the `model.pt` it belongs to.
+
+    Raises:
+        StorageError: the dataset or a bucket doesn't exist, or files can't be copied.
+    """
+
+    def __init__(self, dataset: str | None, output: str, checkpoints: str | None, cache_dir: str) -> None:
+        remote = {}
+        self.checkpoints, self.output, self.dataset = checkpoints, output, dataset
+        for name, files in (("checkpoints", CHECKPOINT_FILES), ("output", RESULT_FILES), ("dataset", None)):
+            folder = getattr(self, name)
+            if folder is None or not is_url(folder):
+                continue
+            stored = StoredFolder(folder, cache_dir, "results" if files else "dataset")
+            stored.copy_in(files)
+            setattr(self, name, str(stored.local))
+            if files:
+                remote[stored.url] = stored  # checkpoints and results may share one
+        self.remote = tuple(remote.values())
 
 
 def is_url(folder: str) -> bool:
-    """Whether a folder is given by URL and not as a plain path; InputError where it is neither."""
+    """Return whether a folder is a URL rather than a plain path; raise InputError if it is neither."""
     require_path(folder)
     return "://" in str(folder)
 
 
 def local_dataset(folder: str, cache_dir: str) -> str:
-    """A plain path as it is; for a URL a folder under `cache_dir`, made a copy of what subjects there are made of.
-
-    `scripts.data.bids.needed_files` says which files these are. Those that are whole and of the server's present
-    version aren't fetched again. Hidden ones are passed over.
-
-    Raises:
-        StorageError: nothing is there, or it can't be copied.
-    """
-    if not is_url(folder):
-        return folder
-    stored = StoredFolder(folder, cache_dir, "dataset")
-    stored.copy_in()
-    return str(stored.local)
+    """Return the local path of a dataset's folder, see `Folders`."""
+    return Folders(folder, ".", None, cache_dir).dataset
 
 
 def local_results(folder: str, cache_dir: str, names: Sequence[str]) -> str:
-    """A plain path as it is; for a URL a folder under `cache_dir`, into which files that fit `names` are copied.
-
-    Raises:
-        StorageError: no such bucket, or they can't be copied. The folder itself needn't exist.
-    """
+    """Return the local path of a folder of results or checkpoints, into which files that fit `names` are copied."""
     if not is_url(folder):
         return folder
     stored = StoredFolder(folder, cache_dir, "results")
@@ -86,12 +98,235 @@ def local_results(folder: str, cache_dir: str, names: Sequence[str]) -> str:
     return str(stored.local)
 
 
-def _fits(name: str, patterns: Collection[str] | None) -> bool:
-    return patterns is None or any(fnmatchcase(name, pattern) for pattern in patterns)
+def without_credentials(text: str) -> str:
+    """Return a URL, or a text with URLs, without user names and passwords."""
+    return re.sub(r"://[^@]*:.*@|://[^/@]*@", "://", text)
+
+
+class StoredFolder:
+    """A folder on a server and its local copy.
+
+    A record beside the copy holds the server's version of each copied file and the copy's MD5, size and time, so a
+    change on either side is noticed. (`fsspec.generic.rsync` compares one field; it knows neither which side changed
+    nor whether a copy is whole.) The processes of a machine share the copy and take turns by a lock.
+
+    Args:
+        url: the folder on the server.
+        cache_dir: the copy is made in a folder in this one, named after the URL.
+        purpose: 'dataset' or 'results', which have separate copies.
+
+    Raises:
+        StorageError: the kind of URL is unknown or needs a package, or the URL has a password in it.
+    """
+
+    def __init__(self, url: str, cache_dir: str, purpose: str) -> None:
+        if re.search(r"://[^@]*:[^@]*@", url):
+            raise StorageError(
+                f"{without_credentials(url)}: has a password, which logs would show; give it by the environment or in "
+                f"fsspec's settings"
+            )
+        try:
+            self.fs, root = url_to_fs(url)
+        except Exception as error:  # each package has errors of its own
+            remedy = "install it with pip" if isinstance(error, ImportError) else "give another kind of URL"
+            raise StorageError(f"{url}: can't be opened ({_text(error)}); {remedy}") from error
+        self.url = url.rstrip("/")
+        self.root = root.rstrip("/")
+        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", self.url.split("://", 1)[1])[-60:].strip("-")
+        digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
+        self.local = Path(cache_dir).absolute() / f"{purpose}-{readable}-{digest}"
+        self.has_sent = False
+        with whole_files(cache_dir):  # raises InputError if nothing can be written there
+            self.local.mkdir(mode=0o700, exist_ok=True)  # scans are private
+
+    def copy_in(self, patterns: Collection[str] | None = None) -> None:
+        """Copy in a dataset if there are no `patterns`, else the results whose names fit one.
+
+        The copy of a dataset becomes equal to its `needed_files` on the server. Results that changed or vanished on the
+        server are removed here, so that the server gets them if this run makes them again. Results that changed here
+        stay. If one changed on both sides, the server's counts, and ours gets a hidden name.
+
+        Raises:
+            StorageError: there is no dataset, the disk has no room, or as `_try`.
+        """
+        with FileLock(self.local / LOCK):
+            (self.local / ARRIVING).unlink(missing_ok=True)  # of a killed process
+            there = self._try(self._list)
+            if patterns is None and not there:
+                raise StorageError(f"{self.url}: no such folder, or nothing in it; check the name")
+            if patterns is None:
+                wanted = needed_files(there)
+            else:
+                wanted = {name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)}
+            record, kept = self._read_record(), {}
+            for name, state in self._local_files().items():
+                path, entry = self.local / name, record.get(name, {})
+                same_there = entry.get("version") == _version(there.get(name))
+                if same_there and (patterns is not None or (name in wanted and entry["md5"] == _md5(path))):
+                    kept[name] = entry
+                elif patterns is None or entry.get("state") == state:
+                    path.unlink(missing_ok=True)
+                else:
+                    aside = path.replace(path.with_name(f"{KEPT}{_md5(path)[:8]}-{path.name}"))
+                    logger.warning("%s: never reached %s, which has another; kept as %s", path, self.url, aside.name)
+            self._write_record(kept)
+            missing = sorted(wanted - kept.keys())
+            total, free = sum(there[name]["size"] for name in missing), shutil.disk_usage(self.local).free
+            if 0 < free < total:  # some file systems report 0
+                raise StorageError(
+                    f"{self.url}: {total / 1e6:,.1f} MB don't fit into the {free / 1e6:,.1f} MB free in {self.local}; "
+                    f"make room or choose another --cache_dir"
+                )
+            with tqdm(total=total, desc=self.url, unit="B", unit_scale=True, disable=not missing) as progress:
+                for name in missing:
+                    kept[name] = self._try(self._fetch, name, there[name])
+                    self._write_record(kept)
+                    progress.update(there[name]["size"])
+
+    def copy_out(self) -> None:
+        """Send new and changed files to the server, except hidden ones; raise StorageError as `_try`."""
+        with FileLock(self.local / LOCK):
+            record = self._read_record()
+            for name, state in sorted(self._local_files().items(), reverse=True):  # an .img before its .hdr
+                if record.get(name, {}).get("state") == state:
+                    continue
+                try:
+                    record[name] = self._try(self._send, name)
+                except StorageError as error:
+                    # an old checkpoint, removed meanwhile
+                    if getattr(error.__cause__, "filename", None) == str(self.local / name):
+                        continue
+                    raise StorageError(f"{error}; files that weren't copied are in {self.local}") from error
+                self._write_record(record)
+                self.has_sent = True
+
+    def _try(self, operation: Callable[..., Any], *arguments: Any) -> Any:
+        """Do something on the server, and retry for `PATIENCE` seconds unless waiting can't help; else StorageError."""
+        end, wait = time.monotonic() + PATIENCE, 1.0
+        while True:
+            try:
+                return operation(*arguments)
+            except (InputError, TypeError, AttributeError):
+                raise
+            except Exception as error:  # each package has errors of its own
+                kind = type(error).__name__
+                lasting = getattr(error, "errno", None) in LASTING_ERRNOS or isinstance(error, LASTING_ERRORS)
+                if isinstance(error, FileNotFoundError):
+                    reason, remedy = "no such bucket or folder", "check the name"
+                elif isinstance(error, PermissionError) or "Credential" in kind:
+                    reason = "access denied"
+                    remedy = "check the credentials (for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
+                elif lasting or "ParamValidation" in kind or time.monotonic() + wait > end:
+                    reason = "can't be read or written"
+                    remedy = "check the address (for s3:// AWS_ENDPOINT_URL) and the network, and run again"
+                else:
+                    logger.warning("%s: %s; retrying in %.0f s", self.url, _text(error), wait)
+                    time.sleep(wait)
+                    wait = min(2 * wait, PATIENCE / 4)
+                    continue
+                raise StorageError(f"{self.url}: {reason} ({_text(error)}); {remedy}") from error
+
+    def _list(self) -> dict[str, dict[str, Any]]:
+        """Return what the server says of each file that isn't hidden, by its path in the folder."""
+        self.fs.invalidate_cache()
+        found = {}
+        for path, info in self.fs.find(self.root, detail=True).items():
+            if path.endswith("/") or info["type"] == "directory":  # object stores represent folders by empty files
+                continue
+            if path == self.root:
+                raise StorageError(f"{self.url}: is a file; give its folder")
+            if info["size"] is None:
+                raise StorageError(f"{self.url}: the server doesn't give the size of {path}; use another kind of URL")
+            name = path.removeprefix(f"{self.root}/" if self.root else "")
+            parts = name.split("/")
+            if (self.root and name == path) or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
+                raise StorageError(f"{self.url}: the name {name!r} on it may lead out of the folder; rename the file")
+            if not any(map(_is_hidden, parts)):
+                found[name] = info
+        return found
+
+    def _local_files(self) -> dict[str, list[int]]:
+        """Return the state of each local file that isn't hidden, by its path in the folder."""
+        states = {}
+        for folder, folders, names in os.walk(self.local):
+            folders[:] = [name for name in folders if not _is_hidden(name)]
+            for path in (Path(folder, name) for name in names if not _is_hidden(name)):
+                with suppress(FileNotFoundError):  # others may remove files meanwhile
+                    states[path.relative_to(self.local).as_posix()] = _state(path)
+        return states
+
+    def _fetch(self, name: str, info: dict[str, Any]) -> dict[str, Any]:
+        """Copy a file in, name it when it is whole, and return its entry in the record."""
+
+        def require_listed_size(announced: int | None, arrived: int) -> None:
+            if max(announced or 0, arrived) > info["size"]:
+                raise StorageError(
+                    f"{self.url}: {name} has more than the {info['size']:,} bytes that the server listed; if it was "
+                    f"replaced meanwhile, run again"
+                )
+
+        path, arriving = self.local / name, self.local / ARRIVING
+        try:
+            callback = Callback(hooks={"size": require_listed_size})
+            self.fs.get_file(f"{self.root}/{name}", str(arriving), callback=callback)
+            require_listed_size(None, arriving.stat().st_size)  # not all protocols call back
+            entry = self._checked_entry(name, info, _state(arriving), _md5(arriving))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            arriving.replace(path)
+        finally:
+            arriving.unlink(missing_ok=True)
+        return entry
+
+    def _send(self, name: str) -> dict[str, Any]:
+        """Copy a file out, and return its entry in the record."""
+        path, target = self.local / name, f"{self.root}/{name}"
+        state, digest = _state(path), _md5(path)
+        if OBJECT_STORES.isdisjoint([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol):
+            # `fs.transaction` doesn't cover `put_file` of local folders and SFTP. The name is this copy's own: after a
+            # kill it is overwritten, and other machines don't use it
+            own = hashlib.sha256(f"{platform.node()}:{self.local.resolve()}".encode()).hexdigest()[:16]
+            parent, own_name = target.rsplit("/", 1)
+            unfinished = f"{parent}/{UNFINISHED}{own}-{own_name}"
+            self.fs.makedirs(parent, exist_ok=True)
+            self.fs.put_file(str(path), unfinished)
+            self.fs.mv(unfinished, target)
+        else:
+            self.fs.put_file(str(path), target)
+        self.fs.invalidate_cache()
+        info = self.fs.info(target)
+        if _state(path) != state:  # a log grew meanwhile: the next time it is sent again
+            return {"version": _version(info), "md5": digest, "state": state}
+        return self._checked_entry(name, info, state, digest)
+
+    def _checked_entry(self, name: str, info: dict[str, Any], state: list[int], digest: str) -> dict[str, Any]:
+        """Return an entry for the record; raise OSError if a copy differs in size, or in the MD5 that S3 gives."""
+        same, etag = state[0] == info["size"], info.get("ETag", "").strip('"')
+        if same and "s3" in self.fs.protocol and re.fullmatch("[0-9a-f]{32}", etag) and etag != digest:
+            # the ETag is no MD5 if S3 encrypts the file with its owner's key
+            bucket, key, _ = self.fs.split_path(f"{self.root}/{name}")
+            head = self.fs.call_s3("head_object", Bucket=bucket, Key=key)
+            same = head.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in head
+        if not same:
+            raise OSError(f"{name} was damaged on the way")
+        return {"version": _version(info), "md5": digest, "state": state}
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.local / RECORD).read_text())
+        except (FileNotFoundError, ValueError):  # without it everything is copied again
+            return {}
+
+    def _write_record(self, record: dict[str, Any]) -> None:
+        with whole_files(self.local) as temporary:
+            (temporary / RECORD).write_text(json.dumps(record))
+
+
+def _text(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _is_hidden(name: str) -> bool:
-    """Whether a file or folder stays where it is; `.bidsignore` belongs to a BIDS dataset."""
+    """Return whether a file or folder is never copied; `.bidsignore` belongs to a BIDS dataset."""
     return name.startswith(".") and name != ".bidsignore"
 
 
@@ -100,326 +335,15 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).hexdigest()
 
 
-def _version(info: dict[str, Any]) -> list[Any]:
-    """What tells one content of a file on the server from another: its size, and an ETag or a time."""
+def _state(path: Path) -> list[int]:
+    """Return size and time of a local file, which change when it is written again."""
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def _version(info: dict[str, Any] | None) -> list[Any] | None:
+    """Return what identifies the content of a file on the server: its size, and an ETag or a time; None if absent."""
+    if info is None:
+        return None
     stamp = next((info[key] for key in VERSION_KEYS if info.get(key)), "")
     return [info["size"], str(stamp.timestamp() if isinstance(stamp, datetime) else stamp)]
-
-
-def without_credentials(text: str) -> str:
-    """A URL, or a text that has some, without user names and passwords."""
-    return re.sub(r"://[^@]*:.*@|://[^/@]*@", "://", text)
-
-
-def _open(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system of a URL, and the folder's path on it."""
-    if re.search(r"://[^@]*:[^@]*@", url):
-        raise StorageError(
-            f"{without_credentials(url)}: has a password in it, which logs would show; "
-            f"give it by the environment or fsspec's settings"
-        )
-    try:
-        fs, root = url_to_fs(url)
-    except ImportError as error:
-        raise StorageError(f"{url}: a package is missing; {error}, by pip install") from error
-    except Exception as error:
-        raise StorageError(f"{url}: can't be opened ({_text(error)}); give a folder or another kind of URL") from error
-    return fs, root.rstrip("/")
-
-
-def _text(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _lasting(error: Exception) -> bool:
-    return (
-        isinstance(error, LASTING_ERRORS)
-        or getattr(error, "errno", None) in LASTING_ERRNOS
-        or _is_refusal(error)
-        or type(error).__name__ == "ParamValidationError"  # of botocore, which needn't be there
-    )
-
-
-def _is_refusal(error: Exception) -> bool:
-    return isinstance(error, PermissionError) or "Credential" in type(error).__name__
-
-
-class StoredFolder:
-    """A folder on a server and its copy here.
-
-    Beside the copy a record is kept of what was copied: for each file the version that the server named, and an MD5.
-    Processes take turns at a copy, so that those of one machine share it.
-
-    Args:
-        url: the folder on the server.
-        cache_dir: the copy is made in a folder below this one, named after the URL.
-        purpose: 'dataset' or 'results', which are copied to different places.
-
-    Raises:
-        StorageError: a kind of URL that isn't known or needs a package, or one with a password in it.
-    """
-
-    def __init__(self, url: str, cache_dir: str, purpose: str) -> None:
-        self.url = url.rstrip("/")
-        self.fs, self.root = _open(url)
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "-", self.url.split("://", 1)[1])[-60:].strip("-")
-        digest = hashlib.sha256(self.url.encode()).hexdigest()[:8]
-        self.local = Path(cache_dir) / f"{purpose}-{readable}-{digest}"
-        self.seen: dict[str, tuple[int, int]] = {}  # size and time of files known to be on the server
-        # a name of this folder's own, which it writes over after it was killed, and others don't
-        own = hashlib.sha256(f"{platform.node()}:{self.local.resolve()}".encode()).hexdigest()[:16]
-        self.leaving = f"{UNFINISHED}{own}-"
-        try:
-            self.local.mkdir(mode=0o700, parents=True, exist_ok=True)  # scans are for nobody else to see
-        except OSError as error:
-            raise StorageError(f"{self.local}: can't be made ({_text(error)}); choose another --cache_dir") from error
-
-    def copy_in(self, names: Collection[str] | None = None) -> None:
-        """Bring the copy to what is on the server: files of subjects, or those whose names fit a pattern of `names`.
-
-        Files that aren't on the server are removed here as well, and so are other results that were copied out and that
-        the server has no more, or in another version: made again they would count as copied. One of `names` that was
-        changed here and never reached the server stays; if the server's was changed too, that one is taken, and the one
-        here is kept under a hidden name, with a warning.
-
-        Raises:
-            StorageError: all files are asked for and there are none, there is no room for them, or as `_try`.
-        """
-        with self._turn():
-            for left_by_killed in self.local.glob(f"{ARRIVING}*"):
-                shutil.rmtree(left_by_killed, ignore_errors=True)
-            there = self._try(self._list)
-            record = self._read_record()
-            if names is None and not there:
-                raise StorageError(f"{self.url}: no such folder, or nothing in it; check the name")
-            chosen = needed_files(there) if names is None else there
-            wanted = {name: info for name, info in there.items() if name in chosen and _fits(name, names)}
-            here = {name for name in self._local_names() if _fits(name, names)}
-            unsent = {name for name in here if names is not None and self._is_unsent(name, wanted.get(name), record)}
-            outdated = {
-                name: info
-                for name, info in wanted.items()
-                if name not in unsent and not self._is_copied(name, info, record)
-            }
-            replaced = {*outdated, *here} - unsent - (set(wanted) - set(outdated))
-            others = set(self._local_names()) - here
-            replaced |= {name for name in others if self._is_lost(name, there.get(name), record)}
-            total = sum(info["size"] for info in outdated.values())
-            self._require_room(total, [self.local / name for name in replaced])
-            for name in sorted(replaced):
-                if names is not None:
-                    self._keep_unsent(name, record)
-                (self.local / name).unlink(missing_ok=True)
-            if forgotten := replaced & set(record):
-                record = {name: entry for name, entry in record.items() if name not in forgotten}
-                self._write_record(record)
-            with (
-                tqdm(
-                    total=total, desc=f"copying {self.url}", unit="B", unit_scale=True, disable=not outdated
-                ) as progress,
-                TemporaryDirectory(prefix=ARRIVING, dir=self.local) as arriving,
-            ):
-                for name, info in outdated.items():
-                    digest = self._try(self._fetch, name, info, Path(arriving) / "file")
-                    record[name] = {"version": _version(info), "md5": digest}
-                    self._write_record(record)
-                    progress.update(info["size"])
-
-    def copy_out(self) -> None:
-        """Bring new and changed files to the server; hidden ones stay here.
-
-        Raises:
-            StorageError: as `_try`; files that couldn't be copied are still here.
-        """
-        with self._turn():
-            record = self._read_record()
-            for name in sorted(self._local_names(), reverse=True):  # an .img before the .hdr that speaks of it
-                path = self.local / name
-                try:
-                    state = self._state(path)
-                    if self.seen.get(name) == state:
-                        continue
-                    digest = _md5(path)
-                except FileNotFoundError:  # a checkpoint that is no longer kept
-                    continue
-                if record.get(name, {}).get("md5") != digest:
-                    try:
-                        info = self._try(self._send, name, state, digest)
-                    except StorageError as error:
-                        raise StorageError(f"{error}; what wasn't copied lies in {self.local}") from error
-                    record[name] = {"version": _version(info), "md5": digest}
-                    self._write_record(record)
-                self.seen[name] = state
-
-    def _turn(self) -> FileLock:
-        return FileLock(self.local / LOCK)
-
-    def _try(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        """Do something with the server; where it fails for now, again with growing waits, for `PATIENCE` seconds.
-
-        Raises:
-            StorageError: it still fails, or for a reason that waiting doesn't mend.
-        """
-        end, wait = time.monotonic() + PATIENCE, 1.0
-        while True:
-            try:
-                return operation(*arguments)
-            except (InputError, TypeError, AttributeError):
-                raise
-            except Exception as error:  # what a server's package raises is its own
-                if _lasting(error) or time.monotonic() + wait > end:
-                    self._give_up(error)
-                logger.warning("%s: %s; trying again in %.0f s", self.url, _text(error), wait)
-            time.sleep(wait)
-            wait = min(2 * wait, PATIENCE / 4)
-
-    def _give_up(self, error: Exception) -> NoReturn:
-        if isinstance(error, FileNotFoundError):
-            reason, remedy = "no such bucket or folder", "check the name"
-        elif _is_refusal(error):
-            reason = "access is refused"
-            remedy = "check the credentials, for s3:// AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and what they allow"
-        elif _lasting(error):
-            reason, remedy = "can't be used", "mend this and run again"
-        else:
-            reason = "the server can't be reached or fails"
-            remedy = "check the network and the address, for s3:// AWS_ENDPOINT_URL, and run again"
-        raise StorageError(f"{self.url}: {reason} ({_text(error)}); {remedy}") from error
-
-    def _list(self) -> dict[str, dict[str, Any]]:
-        """What the server says of each file, by its path from the folder. None where the folder isn't there.
-
-        Raises:
-            StorageError: a name would lead out of the folder, or the URL is that of a file.
-        """
-        self.fs.invalidate_cache()
-        found = {}
-        for path, info in self.fs.find(self.root, detail=True).items():
-            if path == self.root:
-                raise StorageError(f"{self.url}: is a file; name its folder")
-            if path.endswith("/") or info["type"] == "directory":  # object stores keep empty files in place of folders
-                continue
-            if info["size"] is None:
-                raise StorageError(f"{self.url}: the server doesn't say how large {path} is; use another kind of URL")
-            name = path.removeprefix(f"{self.root}/" if self.root else "")
-            parts = name.split("/")
-            if (self.root and name == path) or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
-                raise StorageError(f"{self.url}: a file named {name!r} there may lead out of the folder; rename it")
-            if not any(_is_hidden(part) for part in parts):
-                found[name] = info
-        return found
-
-    def _local_names(self) -> list[str]:
-        names = []
-        for folder, folders, files in os.walk(self.local):  # which bears with what others remove meanwhile
-            folders[:] = [name for name in folders if not _is_hidden(name)]
-            inside = Path(folder).relative_to(self.local)
-            names += [(inside / name).as_posix() for name in files if not _is_hidden(name)]
-        return names
-
-    def _state(self, path: Path) -> tuple[int, int]:
-        status = path.stat()
-        return status.st_size, status.st_mtime_ns
-
-    def _is_copied(self, name: str, info: dict[str, Any], record: dict[str, Any]) -> bool:
-        """Whether the file is here, undamaged, in the server's present version."""
-        path, entry = self.local / name, record.get(name)
-        return bool(entry) and entry["version"] == _version(info) and path.is_file() and entry["md5"] == _md5(path)
-
-    def _is_unsent(self, name: str, info: dict[str, Any] | None, record: dict[str, Any]) -> bool:
-        """Whether the file was changed here while the server's is still the one that was copied last, or none."""
-        entry = record.get(name, {"version": None, "md5": None})
-        unchanged = entry["version"] == (None if info is None else _version(info))
-        return unchanged and entry["md5"] != _md5(self.local / name)
-
-    def _is_lost(self, name: str, info: dict[str, Any] | None, record: dict[str, Any]) -> bool:
-        """Whether the file is as it was copied last, and the server has another or none."""
-        entry = record.get(name)
-        has_another = bool(entry) and (info is None or entry["version"] != _version(info))
-        return has_another and entry["md5"] == _md5(self.local / name)
-
-    def _keep_unsent(self, name: str, record: dict[str, Any]) -> None:
-        path = self.local / name
-        if path.is_file() and (digest := _md5(path)) != record.get(name, {}).get("md5"):
-            kept = path.replace(path.with_name(f"{KEPT}{digest[:8]}-{path.name}"))
-            logger.warning("%s: was never copied to %s, which has another; kept as %s", path, self.url, kept.name)
-
-    def _require_room(self, total: int, replaced: Collection[Path]) -> None:
-        """Refuse, by StorageError, to copy in so many bytes where the disk has no room for them."""
-        try:
-            disk = shutil.disk_usage(self.local)
-        except OSError:
-            return
-        free = disk.free + sum(path.stat().st_size for path in replaced if path.is_file())
-        if disk.free and total > free:  # some file systems don't say, by 0, what is free
-            raise StorageError(
-                f"{self.url}: {total / 1e6:,.1f} MB are to be copied, and {self.local} has room for {free / 1e6:,.1f} "
-                f"MB; make room or choose another --cache_dir"
-            )
-
-    def _fetch(self, name: str, info: dict[str, Any], arriving: Path) -> str:
-        """Copy a file in, which has its name only when it is whole, and return its MD5.
-
-        Raises:
-            StorageError: it is larger than it was when it was listed.
-        """
-
-        def require_not_more(announced: int | None, arrived: int) -> None:
-            if max(announced or 0, arrived) > info["size"]:
-                raise StorageError(
-                    f"{self.url}: {name} has more than the {info['size']:,} bytes that the server said; if it was "
-                    f"replaced meanwhile, run again"
-                )
-
-        path = self.local / name
-        self.fs.get_file(f"{self.root}/{name}", str(arriving), callback=Callback(hooks={"size": require_not_more}))
-        require_not_more(None, arriving.stat().st_size)  # not all protocols tell meanwhile
-        digest = _md5(arriving)
-        self._require_same(name, info, arriving.stat().st_size, digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        arriving.replace(path)
-        return digest
-
-    def _send(self, name: str, state: tuple[int, int], digest: str) -> dict[str, Any]:
-        """Copy a file out and return what the server says of it."""
-        path, target = self.local / name, f"{self.root}/{name}"
-        if OBJECT_STORES.isdisjoint([self.fs.protocol] if isinstance(self.fs.protocol, str) else self.fs.protocol):
-            parent, own_name = target.rsplit("/", 1)
-            unfinished = f"{parent}/{self.leaving}{own_name}"
-            self.fs.makedirs(parent, exist_ok=True)
-            self.fs.put_file(str(path), unfinished)
-            self.fs.mv(unfinished, target)
-        else:
-            self.fs.put_file(str(path), target)
-        self.fs.invalidate_cache()
-        info = self.fs.info(target)
-        if self._state(path) == state:  # a log may have grown meanwhile
-            self._require_same(name, info, state[0], digest)
-        return info
-
-    def _require_same(self, name: str, info: dict[str, Any], size: int, digest: str) -> None:
-        """Refuse a copy that differs from what the server has: by size, and by MD5 where S3 tells it.
-
-        Raises:
-            OSError: they differ.
-        """
-        etag = info.get("ETag", "").strip('"')
-        is_md5 = "s3" in self.fs.protocol and re.fullmatch("[0-9a-f]{32}", etag)
-        if size != info["size"] or (is_md5 and digest != etag and not self._is_etag_of_encrypted(name)):
-            raise OSError(f"{name} was damaged on the way")
-
-    def _is_etag_of_encrypted(self, name: str) -> bool:
-        """Whether S3 encrypts the file with a key of its owner, whose ETag only looks like an MD5."""
-        bucket, key, _ = self.fs.split_path(f"{self.root}/{name}")
-        head = self.fs.call_s3("head_object", Bucket=bucket, Key=key)
-        return head.get("ServerSideEncryption", "").startswith("aws:kms") or "SSECustomerAlgorithm" in head
-
-    def _read_record(self) -> dict[str, Any]:
-        try:
-            return json.loads((self.local / RECORD).read_text())
-        except (FileNotFoundError, ValueError):  # without it all is copied again
-            return {}
-
-    def _write_record(self, record: dict[str, Any]) -> None:
-        with whole_files(self.local) as temporary:
-            (temporary / RECORD).write_text(json.dumps(record))

@@ -4,45 +4,54 @@ import logging
 import os
 from collections.abc import Sequence
 from concurrent import futures
-from typing import NoReturn
 
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
-from scripts.data.storage import StorageError, StoredFolder, is_url
+from scripts.data.storage import Folders, StorageError, StoredFolder, is_url
 from scripts.results.writers import BackgroundWriter
 
 logger = logging.getLogger(__name__)
 
 
 class CopyOut:
-    """Handler that copies new and changed files to the folders that are given by URL. It stands last.
+    """Handler that copies new and changed files to the folders given by URL. It may stand anywhere among the handlers.
 
-    It copies when the engine starts, after each epoch of a trainer or each subject of an evaluator, and at the end,
-    also where an exception is the end that no handler before this one has let out; else the next start copies. In
-    between, a server that fails is worth a warning, and the next time it is tried again.
+    It copies when the engine starts, after each epoch of a trainer or each subject of an evaluator, at the end, and
+    when an exception ends the run. A server that fails in between causes a warning; the next copy tries again.
 
     Args:
-        folders: settings such as `output_dir`; plain paths among them are passed over.
-        cache_dir: as for `local_results`.
+        folders: the folders of the run; plain paths among them are skipped.
 
     Raises:
-        StorageError: when the engine starts or ends well, if something can't be copied.
+        StorageError: files can't be copied when the engine starts or ends.
     """
 
-    def __init__(self, folders: Sequence[str], cache_dir: str) -> None:
-        urls = dict.fromkeys(folder.rstrip("/") for folder in folders if is_url(folder))
-        self.folders = [StoredFolder(url, cache_dir, "results") for url in urls]
+    def __init__(self, folders: Folders | Sequence[str], cache_dir: str = "") -> None:
+        if isinstance(folders, Folders):
+            self.folders = folders.remote
+        else:
+            urls = dict.fromkeys(folder.rstrip("/") for folder in folders if is_url(folder))
+            self.folders = tuple(StoredFolder(url, cache_dir, "results") for url in urls)
 
     def attach(self, engine: Engine) -> None:
-        # of several processes on a machine, which share the copy, one speaks for all
-        if not self.folders or int(os.environ.get("LOCAL_RANK", 0)) > 0:
+        # the processes on a machine share the copy, so one of them copies
+        if self.folders and int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            engine.add_event_handler(Events.STARTED, self.start)
+
+    def start(self, engine: Engine) -> None:
+        """Copy, and attach the rest, which must follow the handlers that write files: by now these are attached."""
+        self.copy()
+        if engine.has_event_handler(self.finish):  # of an earlier run
             return
         each = Events.ITERATION_COMPLETED if isinstance(engine, Evaluator) else Events.EPOCH_COMPLETED
-        engine.add_event_handler(Events.STARTED, self.copy)
         engine.add_event_handler(each, self.copy_if_possible)
         engine.add_event_handler(Events.COMPLETED, self.finish)
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self.copy_and_raise)
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.copy_after_error)
+        # first, since another handler of exceptions may raise
+        on_error = engine._event_handlers[Events.EXCEPTION_RAISED]
+        on_error.insert(0, on_error.pop())
+        engine.add_event_handler(Events.EXCEPTION_RAISED, self.raise_error)
 
     def copy(self) -> None:
         for folder in self.folders:
@@ -52,14 +61,17 @@ class CopyOut:
         try:
             self.copy()
         except StorageError as error:
-            logger.warning("%s; it will be tried again", error)
+            logger.warning("%s; the next copy tries again", error)
 
     def finish(self) -> None:
         self.copy()
-        print(f"copied to {' and '.join(folder.url for folder in self.folders)}")
+        if sent := [folder.url for folder in self.folders if folder.has_sent]:
+            print(f"copied to {' and '.join(sent)}")
 
-    def copy_and_raise(self, error: Exception) -> NoReturn:
+    def copy_after_error(self, error: Exception) -> None:
         if not isinstance(error, StorageError):
             futures.wait(BackgroundWriter.writing)
             self.copy_if_possible()
+
+    def raise_error(self, error: Exception) -> None:
         raise error
