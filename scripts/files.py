@@ -1,24 +1,18 @@
-"""Files that are written whole or not at all, and folders that one run has to itself."""
+"""Files that are written whole or not at all."""
 
 import errno
-import logging
-import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import ignite.distributed as idist
 import nibabel as nib
-from filelock import FileLock, Timeout
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
 from scripts.errors import UNWRITABLE, InputError
-
-logger = logging.getLogger(__name__)
 
 ROOT = Path(__file__).parents[1]  # the folder of the bundle
 UNFINISHED = ".unfinished-"
@@ -36,7 +30,7 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=UNFINISHED + _kind_of_run, dir=directory) as temporary:
+        with TemporaryDirectory(prefix=_prefix, dir=directory) as temporary:
             yield Path(temporary)
             for path in sorted(Path(temporary).iterdir(), reverse=True):  # an .img before the .hdr that speaks of it
                 path.replace(directory / path.name)
@@ -51,52 +45,18 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
         raise
 
 
-_kind_of_run = ""  # of the run in this process, in the names of its temporary folders
+_prefix = UNFINISHED  # of temporary folders that this process makes
 
 
 @contextmanager
-def alone(kind: str, folders: Iterable[str]) -> Iterator[None]:
-    """A block in which no other run of this kind writes to the folders; what killed ones left unfinished is removed.
-
-    The system frees a folder when its process ends, however it does. Of processes that `torchrun` started the first one
-    speaks for all, and the others wait for it at the beginning. Where a folder can't be locked, as on some network file
-    systems, the block goes on without, and removes nothing there.
-
-    Args:
-        kind: 'training', or 'results' of scoring and segmenting. A training writes other files than those two, so the
-            best network so far may be scored meanwhile.
-        folders: are made if need be.
-
-    Raises:
-        InputError: another run of this kind is in one of them, or nothing can be written there.
-    """
-    global _kind_of_run
-    with ExitStack() as stack:
-        for folder in dict.fromkeys(Path(folder).resolve() for folder in folders) if idist.get_rank() == 0 else ():
-            with whole_files(folder):
-                pass  # tells what can't be written before anything is computed
-            path = folder / f".{kind}.lock"
-            try:
-                # another one that looks whether it is alone has it for a moment
-                stack.enter_context(FileLock(path, timeout=1, fallback_to_soft=False))
-            except Timeout:
-                raise InputError(
-                    f"{folder}: another run ({kind}) is writing here; wait until it ends, or choose another folder by "
-                    f"--output_dir{', --ckpt_dir' if kind == 'training' else ''}"
-                ) from None
-            except OSError as error:  # a network file system may have none
-                logger.warning("%s can't be locked (%s): start no second run there", folder, error)
-                continue
-            stack.callback(path.unlink, missing_ok=True)
-            for below in ("", "sub-*/**/"):  # where the results of a BIDS dataset lie
-                for unfinished in folder.glob(f"{below}{UNFINISHED}{kind}-*"):
-                    shutil.rmtree(unfinished, ignore_errors=True)
-        idist.barrier()  # before others write
-        _kind_of_run = f"{kind}-"
-        try:
-            yield
-        finally:
-            _kind_of_run = ""
+def unfinished_named(kind: str) -> Iterator[None]:
+    """Name temporary folders after a kind of run within the block, so that only its own are cleaned up later."""
+    global _prefix
+    before, _prefix = _prefix, f"{UNFINISHED}{kind}-"
+    try:
+        yield
+    finally:
+        _prefix = before
 
 
 def made_already(paths: Iterable[Path], description: str) -> bool:

@@ -14,7 +14,6 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
-from scripts.data.volumes import VolumeInMemory
 from scripts.errors import InputError, input_error_in, require_whole_numbers
 from scripts.files import ROOT
 from scripts.inference.averaging import CheckpointLoader
@@ -22,12 +21,11 @@ from scripts.machine import require_device
 from scripts.results.metrics import tissue_volumes
 from scripts.settings import unknown_setting
 
-# what of configs/inference.json is about the files of the command
-OF_THE_COMMAND = {
-    *("bundle_root", "dataset_dir", "local_dataset_dir", "output_dir", "local_output_dir", "subjects", "label_suffix"),
-    *("tracking_uri", "experiment_name", "run_name", "save_execute_config", "tracked_handlers"),
-    *("probabilities", "rank", "dataset", "dataloader", "handlers", "evaluator", "initialize", "run"),
-    *("stop_at_bad_subject", "bad_subjects"),
+# what of configs/inference.json says how a subject is segmented; all else is about the files of the command
+SETTINGS = {
+    *("ckpt_dir", "checkpoints", "device", "precision", "memory_format", "seed", "foreground_margin", "window_size"),
+    *("flips", "uncertainty", "dropout_samples"),
+    *("network_def", "network", "preprocessing", "inferer", "postprocessing"),
 }
 
 
@@ -80,7 +78,7 @@ class Segmenter:
         for name in settings:
             if hint := unknown_setting(name, config):
                 raise InputError(f"{name}: no such setting; {hint.replace('--', '')}")
-            if ReferenceResolver.split_id(name)[0] in OF_THE_COMMAND:
+            if ReferenceResolver.split_id(name)[0] not in SETTINGS:
                 raise InputError(f"{name}: is a setting of the command, which reads and writes folders; leave it out")
         config.update({"bundle_root": str(ROOT), "probabilities": True, **settings})
         # a new network draws its weights at random, which the checkpoint then replaces
@@ -143,7 +141,9 @@ def segment(
     return Segmenter(**settings)(t1, t2, affine)
 
 
-def _volume(volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str) -> str:
+def _volume(
+    volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str
+) -> str | SpatialImage:
     """A volume as `scripts.data.transforms.LoadSubjectd` takes it; `name` stands for its path in messages."""
     in_memory = not isinstance(volume, str | os.PathLike)
     if in_memory and not isinstance(volume, SpatialImage):
@@ -159,9 +159,7 @@ def _volume(volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: A
         return path
     if volume.affine is None:
         raise InputError(f"{name}: the image has no affine; make it with one")
-    named = VolumeInMemory(volume.get_filename() or name)
-    named.image = volume
-    return named
+    return volume
 
 
 def _image(values: ArrayLike, affine: ArrayLike | None, name: str) -> nib.Nifti1Image:

@@ -1,9 +1,12 @@
 """Checkpoints: written whole, loaded whole or not at all, never lost to a later training."""
 
 import glob
+import hashlib
+import io
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,21 +17,27 @@ from monai.utils import ensure_tuple
 from scripts.errors import InputError, ran_out_of_memory, require_path
 
 
-def read_checkpoint(path: str) -> Any:
-    """What `torch.save` wrote to a file, on the CPU; nothing in the file is run.
+def read_checkpoint(path: str, content: bytes | None = None) -> Any:
+    """Return what `torch.save` wrote to a file, on the CPU; nothing in the file is run.
+
+    Args:
+        path: the file.
+        content: its bytes, if they were read already.
 
     Raises:
         InputError: the file can't be read whole, or holds other Python objects than tensors, numbers and containers.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch doesn't compare the checksums
-            with zipfile.ZipFile(path) as archive:
-                # torch packs nothing, and what is packed may take a thousand times its room
-                if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
+        file = io.BytesIO(Path(path).read_bytes() if content is None else content)
+        if zipfile.is_zipfile(file):  # torch doesn't compare the checksums
+            with zipfile.ZipFile(file) as archive:
+                # torch doesn't compress, and compressed content may take a thousand times its room
+                if sum(record.file_size for record in archive.infolist()) > file.getbuffer().nbytes:
                     raise InputError(f"{path}: is packed, as no checkpoint is; save it again by torch.save")
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # what torch raises for a damaged file depends on where the damage is
@@ -40,6 +49,34 @@ def read_checkpoint(path: str) -> Any:
                 f"have it saved again as a plain state dict"
             ) from error
         raise InputError(f"{path}: can't be read as a checkpoint; copy it again or train anew") from error
+
+
+def _version(path: str | Path) -> tuple[int, ...]:
+    """Numbers that change whenever a file is replaced or written."""
+    status = Path(path).stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=16)
+def _state_and_hash(path: str, version: tuple[int, ...]) -> tuple[Any, str]:
+    """A checkpoint's state dict, which must not be changed, and the file's SHA-256: each version is read once."""
+    content = Path(path).read_bytes()
+    state = read_checkpoint(path, content)
+    state = state.get("model", state) if isinstance(state, Mapping) else {}
+    return state, hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _hash(path: str, version: tuple[int, ...]) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file; a file is read once for it, and a checkpoint not at all after it was loaded."""
+    try:
+        return _state_and_hash(str(path), _version(path))[1]
+    except InputError:  # an exported network, or anything else
+        return _hash(str(path), _version(path))
 
 
 def require_fit(state: Any, network: torch.nn.Module, path: str, remedy: str) -> None:
@@ -93,8 +130,7 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train first, or name another folder by --ckpt_dir")
-    state = read_checkpoint(path)
-    state = state.get("model", state) if isinstance(state, dict) else {}
+    state, _ = _state_and_hash(str(path), _version(path))
     require_fit(state, network, path, "set network_def to the network it was trained with")
     network.load_state_dict(state)
 
@@ -104,11 +140,10 @@ def holds(path: str | Path, network: torch.nn.Module) -> bool:
     if not Path(path).is_file():
         return False
     try:
-        state = read_checkpoint(str(path))
+        state, _ = _state_and_hash(str(path), _version(path))
     except InputError:
         return False
     weights = network.state_dict()
-    state = state.get("model", state) if isinstance(state, dict) else {}
     if not isinstance(state, Mapping) or state.keys() != weights.keys():
         return False
     found = ((_as_loaded(state[name], tensor), tensor.cpu()) for name, tensor in weights.items())
@@ -167,6 +202,6 @@ def starting_network(
     return network.to(device)
 
 
-def begins(engine: Engine) -> bool:
-    """Whether a trainer that starts has done nothing yet; MONAI's federated client starts it anew for each round."""
+def is_fresh_start(engine: Engine) -> bool:
+    """Whether a trainer that starts has done nothing yet; MONAI's federated client starts it again each round."""
     return engine.state.iteration == 0

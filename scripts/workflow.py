@@ -1,49 +1,87 @@
-"""What every run of a config does first."""
+"""What every run of a config does: prepare the process, check the settings, lock the folders, run, report errors."""
 
+import logging
 import math
 import os
+import shutil
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
+import ignite.distributed as idist
 import monai.bundle
 import torch
 import tqdm.std
+from filelock import FileLock, Timeout
 from ignite.engine import Engine
 from monai.utils import ensure_tuple, set_determinism
 
-from scripts.data.subjects import Ids
-from scripts.errors import InputError, require_whole_numbers, show_input_errors_in_one_line
-from scripts.files import alone
+from scripts.data.storage import Folders
+from scripts.data.subjects import Dataset, Subject, require_apart
+from scripts.errors import InputError, require_true_or_false, require_whole_numbers, show_input_errors_in_one_line
+from scripts.files import UNFINISHED, unfinished_named, whole_files
 from scripts.inference.exported import is_exported
 from scripts.machine import keep_freed_memory, require_device
 from scripts.settings import refuse_unknown_overrides, require_tracking_package
 
+# settings that must be whole numbers, by the least that they may be
+LEAST = {
+    0: ("foreground_margin", "checkpoint_interval", "profile_steps", "picture_interval"),
+    1: ("epochs", "crops_per_epoch", "batch_size", "val_interval", "checkpoints_kept"),
+}
+TRUE_OR_FALSE = ("probabilities", "stop_at_bad_subject")
 
-def require_training_settings(
-    network: torch.nn.Module,
-    patch_size: Sequence[int],
-    val_subjects: Ids,
-    learning_rate: float,
-    start_from: str | None = None,
-    **whole_numbers: int,
-) -> None:
-    """Refuse settings that can't train before anything is loaded.
+logger = logging.getLogger(__name__)
+
+
+def start(seed: int, device: torch.device | str) -> None:
+    """Prepare the process: memory and randomness, and on the command line how errors look and what may be overridden.
 
     Args:
-        network: whose `stride`, if it has one, the patch must be a multiple of.
+        seed: for Python, NumPy and torch.
+        device: where the network runs.
+
+    Raises:
+        InputError: as `refuse_unknown_overrides`, `require_tracking_package` and `require_device`.
+    """
+    # MONAI's surface distances warn of an argument that MONAI itself passes
+    warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
+    # MONAI's trainer makes the loss scaler of float16 by a name that torch deprecates
+    warnings.filterwarnings("ignore", r".*torch\.cuda\.amp\.GradScaler", FutureWarning)
+    # in a user's own program, error display and arguments are that program's business
+    if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
+        show_input_errors_in_one_line()
+        refuse_unknown_overrides(sys.argv[1:])
+        require_tracking_package(sys.argv[1:])
+        # progress is timed by the wall clock, which may be set back; a monitoring thread would compare the two
+        tqdm.std.time = time.monotonic
+        tqdm.std.tqdm.monitor_interval = 0
+    # MLflow, if installed, would report its use to its makers
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    require_device(device)
+    keep_freed_memory()
+    set_determinism(seed)
+
+
+def require_training_settings(
+    network: torch.nn.Module, patch_size: Sequence[int] | int, val_subjects: Any, learning_rate: float, start_from: Any
+) -> None:
+    """Refuse settings that can't train, before anything is loaded.
+
+    Args:
+        network: the patch must be a multiple of its `stride`, if it has one.
         patch_size: voxels along each axis, or one number for all three.
-        val_subjects: must name at least one.
+        val_subjects: must name at least one subject.
         learning_rate: must be a finite number above 0.
-        start_from: must be a checkpoint that can be trained further, if given.
-        whole_numbers: settings that must be whole numbers of at least 1, by name.
+        start_from: if given, must be a checkpoint that can be trained further.
 
     Raises:
         InputError: one of them isn't so.
     """
-    require_whole_numbers(1, **whole_numbers)
     stride = getattr(network, "stride", 1)
     sides = (patch_size,) * 3 if isinstance(patch_size, int) else ensure_tuple(patch_size)
     if len(sides) != 3 or any(not isinstance(side, int) or side < 1 or side % stride for side in sides):
@@ -59,42 +97,98 @@ def require_training_settings(
         raise InputError(f"--start_from {start_from}: no such file; name a checkpoint, like models/model.pt")
 
 
-def require_alone(kind: str, folders: Iterable[str]) -> None:
-    """Refuse a second run before it reads anything; raises InputError as `scripts.files.alone`."""
-    with alone(kind, folders):
+def check(
+    purpose: str,
+    dataset: Dataset,
+    subjects: Sequence[Subject],
+    settings: Mapping[str, Any],
+    folders: Folders,
+) -> None:
+    """Refuse a run that can't succeed, before anything is loaded.
+
+    Args:
+        purpose: 'train', 'validate' or 'segment'.
+        dataset: where the subjects come from.
+        subjects: those chosen for the purpose.
+        settings: of the config, by name.
+        folders: those of the run.
+
+    Raises:
+        InputError: a setting can't be, no subject was chosen, or as `require_training_settings`, `require_apart` and
+            `exclusive_run`.
+    """
+    for least, names in LEAST.items():
+        require_whole_numbers(least, **{name: settings[name] for name in names if name in settings})
+    require_true_or_false(**{name: settings[name] for name in TRUE_OR_FALSE if name in settings})
+    if purpose == "train":
+        names = ("patch_size", "val_subjects", "learning_rate", "start_from")
+        require_training_settings(settings["network_def"], **{name: settings[name] for name in names})
+    if purpose == "segment":
+        require_apart(settings["dataset_dir"], settings["output_dir"])
+        require_apart(folders.dataset, folders.output)
+    dataset.require(subjects, purpose)
+    with _locked(purpose, folders):
         pass
 
 
-def run_alone(engine: Engine, kind: str, folders: Iterable[str]) -> None:
-    """Run an engine while no other run of its kind writes to its folders; raises InputError as `alone`."""
-    with alone(kind, folders):
+def run(engine: Engine, purpose: str, folders: Folders) -> None:
+    """Run an engine while no other run of its kind writes to its folders.
+
+    Args:
+        engine: a trainer or evaluator.
+        purpose: 'train', 'validate' or 'segment'.
+        folders: those of the run.
+
+    Raises:
+        InputError: as `exclusive_run`, and whatever the engine's components raise.
+    """
+    with _locked(purpose, folders):
         engine.run()
 
 
-def start(seed: int, device: torch.device | str) -> None:
-    """Prepare the process: memory and randomness, and on the command line how errors look and what may be overridden.
+def _locked(purpose: str, folders: Folders) -> AbstractContextManager[None]:
+    """Lock the folders that a run with this purpose writes to."""
+    if purpose == "train":
+        return exclusive_run("training", [folders.output, folders.checkpoints])
+    return exclusive_run("results", [folders.output])
+
+
+@contextmanager
+def exclusive_run(kind: str, folders: Iterable[str]) -> Iterator[None]:
+    """Keep other runs of this kind out of the folders within the block, and remove what killed ones left unfinished.
+
+    The system frees a folder when its process ends, however it does. Of the processes that `torchrun` started the
+    first locks for all, and the others wait for it. Where a folder can't be locked, as on some network file systems,
+    the block runs without a lock and removes nothing there.
 
     Args:
-        seed: for Python, NumPy and torch.
-        device: where it will be computed.
+        kind: 'training', or 'results' of scoring and segmenting. A training writes other files than those two, so the
+            best network so far may be scored meanwhile.
+        folders: are made if need be.
 
     Raises:
-        InputError: as `refuse_unknown_overrides`, `require_tracking_package` and `scripts.machine.require_device`.
+        InputError: another run of this kind is in one of them, or nothing can be written there.
     """
-    # MONAI's surface distances warn of an argument that MONAI itself passes
-    warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-    # MONAI's trainer makes the loss scaler of float16 by a name that torch deprecates
-    warnings.filterwarnings("ignore", r".*torch\.cuda\.amp\.GradScaler", FutureWarning)
-    # in somebody's own program, how errors look and what its arguments mean is theirs to say
-    if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
-        show_input_errors_in_one_line()
-        refuse_unknown_overrides(sys.argv[1:])
-        require_tracking_package(sys.argv[1:])
-        # progress is timed by the clock of day, which may be set back; a thread that watches it would compare the two
-        tqdm.std.time = time.monotonic
-        tqdm.std.tqdm.monitor_interval = 0
-    # MLflow, if there is one, would tell its makers of its use
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    require_device(device)
-    keep_freed_memory()
-    set_determinism(seed)
+    with ExitStack() as stack:
+        for folder in dict.fromkeys(Path(folder).resolve() for folder in folders) if idist.get_rank() == 0 else ():
+            with whole_files(folder):
+                pass  # fails, if it can't be written, before anything is computed
+            path = folder / f".{kind}.lock"
+            try:
+                # a run that is only checking holds it for a moment
+                stack.enter_context(FileLock(path, timeout=1, fallback_to_soft=False))
+            except Timeout:
+                raise InputError(
+                    f"{folder}: another run ({kind}) is writing here; wait until it ends, or choose another folder by "
+                    f"--output_dir{', --ckpt_dir' if kind == 'training' else ''}"
+                ) from None
+            except OSError as error:  # a network file system may have no locks
+                logger.warning("%s can't be locked (%s): start no second run there", folder, error)
+                continue
+            stack.callback(path.unlink, missing_ok=True)
+            for below in ("", "sub-*/**/"):  # where the results of a BIDS dataset lie
+                for unfinished in folder.glob(f"{below}{UNFINISHED}{kind}-*"):
+                    shutil.rmtree(unfinished, ignore_errors=True)
+        idist.barrier()  # before others write
+        with unfinished_named(kind):
+            yield

@@ -230,34 +230,36 @@ class LenientDataLoader(ReadAheadDataLoader):
 
 
 class BadSubjects:
-    """Handler for an evaluator whose loader passes over bad subjects; it stands before the handlers that write.
+    """Handler for an evaluator with a `LenientDataLoader`: it fails at the end if subjects were bad, and lists them.
+
+    It stands before the handlers that write: they need a subject.
 
     Args:
-        dataloader: that of the evaluator.
-        unread: why others aren't among the subjects of the loader.
+        unread: why other subjects never reached the loader.
     """
 
-    def __init__(self, dataloader: LenientDataLoader, unread: Sequence[str]) -> None:
-        self.dataloader = dataloader
+    def __init__(self, unread: Sequence[str]) -> None:
         self.unread = unread
 
     def attach(self, engine: Engine) -> None:
-        # ignite would begin again to make up the number
+        # else ignite would start over to reach the number of subjects
         engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda engine: engine.terminate_epoch())
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.require_a_good_one)
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.end)
 
-    def require_a_good_one(self, engine: Engine) -> None:
-        """Raise as `refuse` where no process has segmented anything, of which the other handlers couldn't tell."""
+    def end(self, engine: Engine) -> None:
+        """Refuse at once if no process segmented anything, else when all other handlers are done."""
         if not any(gathered([engine.state.iteration])):
-            self.refuse()
+            self.refuse(engine)
+        if not engine.has_event_handler(self.refuse, Events.COMPLETED):
+            engine.add_event_handler(Events.COMPLETED, self.refuse)
 
-    def refuse(self) -> None:
-        """List the bad subjects of all processes, if there are any, when all else is done.
+    def refuse(self, engine: Engine) -> None:
+        """List the bad subjects of all processes, if there are any.
 
         Raises:
-            InputError: there are; it is the reason itself where there is one alone.
+            InputError: there are; if there is one, its reason.
         """
-        reasons = list(dict.fromkeys(gathered([*self.unread, *self.dataloader.refused])))
+        reasons = list(dict.fromkeys(gathered([*self.unread, *engine.data_loader.refused])))
         if len(reasons) == 1:
             raise InputError(reasons[0])
         for reason in reasons:

@@ -144,54 +144,13 @@ def find_labels(directory: str) -> dict[str, str]:
     return {subject: str(files["LABEL"]) for subject, files in found.items() if "LABEL" in files}
 
 
-def find_subjects(dataset_dir: str) -> list[Subject]:
-    """All subjects in a folder: a BIDS dataset, or in the naming of iSeg-2017, iSeg-2019 or the published HDF5.
-
-    Args:
-        dataset_dir: folder of a BIDS dataset, as `scripts.data.bids.find_bids_subjects` takes it; or one with
-            `subject-<id>-T1`, `-T2` and `-label` files (capitals or not), there or below, each Analyze (`.hdr` and
-            `.img`) or NIfTI, or with `train_iseg_nocut_<id>.h5` for a labelled subject. Hidden files, `__MACOSX` and
-            the folder `derivatives` are passed over. It needn't exist.
-
-    Returns:
-        The subjects by ascending id; none where the folder holds none.
-
-    Raises:
-        InputError: a T1 without its T2 beside it or the reverse, a label without images or elsewhere than these, half
-            of an Analyze pair, what is named so but isn't a file, two files for one volume, or images beside an HDF5
-            file; both layouts in one folder; a folder that can't be read; or as `find_bids_subjects`.
-    """
-    subjects, bad, _ = _good_and_bad_subjects(dataset_dir)
-    for error in bad.values():
-        raise error
-    return subjects
-
-
-def _good_and_bad_subjects(dataset_dir: str) -> tuple[list[Subject], dict[str, InputError], bool]:
-    """The subjects as `find_subjects` has them, why others can't be used, by id or folder, and whether it is BIDS."""
-    of_bids, left_out = bids.find_bids_subjects(dataset_dir)
-    if of_bids or left_out:
-        for _, path in _named_files(dataset_dir, {}, but_in=("derivatives", "sourcedata", "code")):
-            raise InputError(f"{path}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder")
-        bad = {subject: reason for subject, reason in left_out.items() if isinstance(reason, InputError)}
-        return sorted(of_bids, key=lambda subject: natural_order(subject["subject"])), bad, True
-    found, bad = _find_volumes(dataset_dir)
-    subjects: list[Subject] = []
-    for subject_id in sorted(found.keys() - bad.keys(), key=natural_order):
-        try:
-            subjects.append(_subject(subject_id, found[subject_id]))
-        except InputError as error:
-            bad[subject_id] = error
-    return subjects, bad, False
-
-
 def _place_of_subjects(folder: PurePath) -> list[str]:
-    """The parts of a path without what in their names says what they hold."""
+    """The parts of a path, without the words in them that say what kind of file they hold."""
     return [name for part in folder.parts if (name := OF_A_KIND.sub("", part))]
 
 
 def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
-    """The subject that files make up, given by kind; raises InputError where one is missing or too many."""
+    """Make a subject of its files by kind; raise InputError where a file is missing or redundant."""
     if hdf5 := files.pop("HDF5", None):
         for other in files.values():
             raise InputError(f"{hdf5}: subject {subject_id} has {other} as well; keep the HDF5 file or the images")
@@ -216,161 +175,193 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
 
 
 def names_of(subjects: Iterable[Subject]) -> list[str]:
-    """By what subjects can be told from others: their ids, or the images of those that MONAI Label gives without."""
+    """Ids of subjects; of those without one, as MONAI Label gives them, the paths of their images."""
     return [subject.get("subject", str(subject["image"])) for subject in subjects]
 
 
 def _ids(setting: Ids) -> list[str]:
-    """Ids as text, whether one or several were given: `--val_subjects 9` is `--val_subjects "[9]"`."""
+    """Ids as text, for one or several: `--val_subjects 9` equals `--val_subjects "[9]"`."""
     return [str(subject_id) for subject_id in ensure_tuple(setting)]
 
 
-def _is_named(subject: str, name: str, in_bids: bool) -> bool:
-    """Whether an id is meant by a name: its own, in BIDS with or without `sub-`, or the part it begins with."""
-    if not in_bids:
-        return subject == name
-    return f"{subject}_".startswith(f"sub-{name.removeprefix('sub-')}_")
+class Dataset:
+    """The subjects in a folder, which is scanned once, when the object is made.
 
-
-def _named(subjects: Iterable[str], name: str, in_bids: bool) -> list[str]:
-    """Those of some ids that a name means."""
-    return [subject for subject in subjects if _is_named(subject, name, in_bids)]
-
-
-def _pick(subjects: list[Subject], ids: Ids, dataset_dir: str, setting: str) -> list[Subject]:
-    """The subjects with these ids; an id that isn't there is an error, but for a folder with no subjects at all."""
-    chosen: dict[str, Subject] = {}
-    for name in _ids(ids) if subjects else ():
-        named = [subject for subject in subjects if _is_named(subject["subject"], name, "anat" in subject)]
-        if not named:
-            there = ", ".join(subject["subject"] for subject in subjects)
-            raise InputError(f"{dataset_dir}: {setting} names subject {name}, which isn't there; choose from {there}")
-        chosen |= {subject["subject"]: subject for subject in named}
-    return list(chosen.values())
-
-
-def _refuse_bids(subjects: list[Subject], dataset_dir: str) -> None:
-    if any("anat" in subject for subject in subjects):
-        raise InputError(
-            f"{dataset_dir}: is a BIDS dataset, which can only be segmented; for training and scoring give labelled "
-            f"subjects as subject-<id>-T1, -T2 and -label"
-        )
-
-
-def validation_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
-    """The subjects named by `val_subjects`; none where the folder holds none.
-
-    Raises:
-        InputError: one of them isn't there or has no label, the dataset is BIDS, or as `find_subjects`.
-    """
-    found = find_subjects(dataset_dir)
-    _refuse_bids(found, dataset_dir)
-    chosen = _pick(found, val_subjects, dataset_dir, "val_subjects")
-    for subject in chosen:
-        if "label" not in subject:
-            raise InputError(
-                f"{subject['image'][0]}: val_subjects names subject {subject['subject']}, which has no label; "
-                f"add subject-{subject['subject']}-label or choose another"
-            )
-    return chosen
-
-
-def training_subjects(dataset_dir: str, val_subjects: Ids) -> list[Subject]:
-    """All labelled subjects but those of `val_subjects`; raises as `find_subjects`, or if the dataset is BIDS."""
-    found = find_subjects(dataset_dir)
-    _refuse_bids(found, dataset_dir)
-    held_out = _ids(val_subjects)
-    return [s for s in found if "label" in s and s["subject"] not in held_out]
-
-
-def subjects_to_segment(dataset_dir: str, subjects: Ids | None, stop_at_bad_subject: bool = True) -> list[Subject]:
-    """The subjects with these ids, or all that have no label when `subjects` is None, without their labels.
-
-    None where the folder holds none. In a BIDS dataset `sub-01` or `01` means all sessions and runs of a participant,
-    and `sub-01_ses-02` one session with its runs. A warning names those that are left out. Without
-    `stop_at_bad_subject` those of `bad_subjects` aren't among them.
-
-    Raises:
-        InputError: one of them isn't there, is left out or is an HDF5 file, or as `find_subjects`.
-    """
-    found, bad, in_bids = _good_and_bad_subjects(dataset_dir)
-    if stop_at_bad_subject:
-        for error in bad.values():
-            raise error
-    left_out = left_out_subjects(dataset_dir, subjects)
-    for subject, reason in left_out.items():
-        logger.warning("%s: left out, for it %s", subject, reason)
-    if subjects is None:
-        return [subject for subject in found if "label" not in subject]
-    good = [subject["subject"] for subject in found]
-    # what names bad ones alone is told at the end
-    names = [name for name in _ids(subjects) if _named(good, name, in_bids) or not _named(bad, name, in_bids)]
-    for name in names:
-        if _named(good, name, in_bids):
-            continue
-        for subject, reason in left_out.items():
-            if _is_named(subject, name, in_bids=True):
-                raise InputError(f"{dataset_dir}: subjects names {name}, but {subject} {reason}")
-    chosen = _pick(found, names, dataset_dir, "subjects")
-    for subject in chosen:
-        if subject["image"][0].endswith(".h5"):
-            raise InputError(
-                f"{subject['image'][0]}: lacks the scan and its grid, on which subject {subject['subject']} would be "
-                f"segmented; give its T1 and T2 images"
-            )
-    return [{key: value for key, value in subject.items() if key != "label"} for subject in chosen]
-
-
-def bad_subjects(dataset_dir: str, subjects: Ids | None) -> list[str]:
-    """Why subjects, all of a folder or those with these ids, lack a file or have one too many."""
-    _, bad, in_bids = _good_and_bad_subjects(dataset_dir)
-    if subjects is None:
-        return [str(error) for error in bad.values()]
-    meant = {subject for name in _ids(subjects) for subject in _named(bad, name, in_bids)}
-    return [str(error) for subject, error in bad.items() if subject in meant]
-
-
-def left_out_subjects(dataset_dir: str, subjects: Ids | None) -> dict[str, str]:
-    """What of a BIDS dataset can't be segmented, of all of it or of what `subjects` names: the reason by id."""
-    _, left_out = bids.find_bids_subjects(dataset_dir)
-    return {
-        subject: reason
-        for subject, reason in left_out.items()
-        if not isinstance(reason, InputError)
-        and (subjects is None or any(_is_named(subject, name, in_bids=True) for name in _ids(subjects)))
-    }
-
-
-def require_subjects(chosen: list[Subject], dataset_dir: str, purpose: str) -> None:
-    """Refuse to go on without a subject.
+    The folder is a BIDS dataset, as `scripts.data.bids.find_bids_subjects` takes it; or it holds, at any depth, files
+    `subject-<id>-T1`, `-T2` and `-label` (capitals or not), each Analyze (`.hdr` and `.img`) or NIfTI, or
+    `train_iseg_nocut_<id>.h5` for a labelled subject. Hidden files, `__MACOSX` and the folder `derivatives` are
+    skipped. A folder that doesn't exist holds no subjects.
 
     Args:
-        chosen: the subjects chosen for the purpose.
-        dataset_dir: where they were looked for.
-        purpose: 'train', 'validate', 'segment' or 'measure', for the message.
+        folder: the folder to scan.
+
+    Attributes:
+        subjects: usable subjects by ascending id.
+        bad: why others can't be used, by id or folder: a T1 without its T2 or the reverse, a label without images or
+            in another place, half of an Analyze pair, a name that isn't a file, two files for one volume, images
+            beside an HDF5 file, or a folder that can't be read.
+        left_out: why scans of a BIDS dataset aren't subjects, by id; these are no errors.
+        in_bids: whether the folder is a BIDS dataset.
 
     Raises:
-        InputError: `chosen` is empty.
+        InputError: the folder mixes both layouts.
     """
-    if chosen:
-        return
-    if not Path(dataset_dir).is_dir():
-        raise InputError(f"{dataset_dir}: no such folder; name the folder of the subjects by --dataset_dir")
-    found = find_subjects(dataset_dir)
-    if not found:
-        for subject, reason in left_out_subjects(dataset_dir, None).items():
-            raise InputError(f"{dataset_dir}: no subject of this BIDS dataset is complete; {subject} {reason}")
-        raise InputError(f"{dataset_dir}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
-    labeled = sum("label" in subject for subject in found)
-    remedy = {
-        "train": "training takes the labelled ones that val_subjects doesn't name; add some or name fewer",
-        "validate": "val_subjects names none; name at least one labelled subject",
-        "measure": "the first labelled one is taken; name a folder with one",
-        "segment": "by default those without a label are segmented; name others by --subjects \"['9']\"",
-    }[purpose]
-    raise InputError(
-        f"{dataset_dir}: no subject left to {purpose} among {len(found)}, {labeled} of them labelled; {remedy}"
-    )
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.subjects: list[Subject] = []
+        self.bad: dict[str, InputError] = {}
+        self.left_out: dict[str, str] = {}
+        of_bids, reasons = bids.find_bids_subjects(folder)
+        self.in_bids = bool(of_bids or reasons)
+        if self.in_bids:
+            for _, path in _named_files(folder, {}, but_in=("derivatives", "sourcedata", "code")):
+                raise InputError(f"{path}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder")
+            for subject, reason in reasons.items():
+                if isinstance(reason, InputError):
+                    self.bad[subject] = reason
+                else:
+                    self.left_out[subject] = reason
+            self.subjects = sorted(of_bids, key=lambda subject: natural_order(subject["subject"]))
+            return
+        found, self.bad = _find_volumes(folder)
+        for subject_id in sorted(found.keys() - self.bad.keys(), key=natural_order):
+            try:
+                self.subjects.append(_subject(subject_id, found[subject_id]))
+            except InputError as error:
+                self.bad[subject_id] = error
+
+    def require_good(self) -> list[Subject]:
+        """Return all subjects; raise the first InputError of `bad`, if there is any."""
+        for error in self.bad.values():
+            raise error
+        return self.subjects
+
+    def training(self, val_subjects: Ids) -> list[Subject]:
+        """Return all labelled subjects except `val_subjects`.
+
+        Raises:
+            InputError: as `require_good`, or the dataset is BIDS.
+        """
+        held_out = _ids(val_subjects)
+        return [s for s in self._labelable() if "label" in s and s["subject"] not in held_out]
+
+    def validation(self, val_subjects: Ids) -> list[Subject]:
+        """Return the subjects named by `val_subjects`; none where the folder holds none.
+
+        Raises:
+            InputError: one of them isn't there or has no label, or as `training`.
+        """
+        chosen = self._pick(self._labelable(), val_subjects, "val_subjects")
+        for subject in chosen:
+            if "label" not in subject:
+                raise InputError(
+                    f"{subject['image'][0]}: val_subjects names subject {subject['subject']}, which has no label; "
+                    f"add subject-{subject['subject']}-label or choose another"
+                )
+        return chosen
+
+    def to_segment(self, subjects: Ids | None = None, stop_at_bad_subject: bool = True) -> list[Subject]:
+        """Return the subjects to segment, without their labels, and log those that are left out.
+
+        Args:
+            subjects: ids, or None for all that have no label. In a BIDS dataset `sub-01` or `01` means all sessions
+                and runs of a participant, and `sub-01_ses-02` one session with its runs.
+            stop_at_bad_subject: whether a bad subject is an error; else `reasons_bad` has it.
+
+        Raises:
+            InputError: a subject isn't there, is left out or is an HDF5 file; or as `require_good`.
+        """
+        if stop_at_bad_subject:
+            self.require_good()
+        left_out = self.reasons_left_out(subjects)
+        for subject, reason in left_out.items():
+            logger.warning("%s: skipped (%s)", subject, reason)
+        if subjects is None:
+            return [subject for subject in self.subjects if "label" not in subject]
+        good = [subject["subject"] for subject in self.subjects]
+        # names that mean bad subjects alone are reported at the end
+        names = [name for name in _ids(subjects) if self._named(good, name) or not self._named(self.bad, name)]
+        for name in names:
+            for subject in self._named(left_out, name) if not self._named(good, name) else ():
+                raise InputError(f"{self.folder}: subjects names {name}, but {subject} {left_out[subject]}")
+        chosen = self._pick(self.subjects, names, "subjects")
+        for subject in chosen:
+            if subject["image"][0].endswith(".h5"):
+                raise InputError(
+                    f"{subject['image'][0]}: lacks the scan and its grid, on which subject {subject['subject']} would "
+                    f"be segmented; give its T1 and T2 images"
+                )
+        return [{key: value for key, value in subject.items() if key != "label"} for subject in chosen]
+
+    def reasons_bad(self, subjects: Ids | None) -> list[str]:
+        """Return why bad subjects can't be used: those named, or all when `subjects` is None."""
+        return [str(self.bad[subject]) for subject in self._meant(self.bad, subjects)]
+
+    def reasons_left_out(self, subjects: Ids | None) -> dict[str, str]:
+        """Return why scans of a BIDS dataset are left out, by id: those named, or all when `subjects` is None."""
+        return {subject: self.left_out[subject] for subject in self._meant(self.left_out, subjects)}
+
+    def require(self, chosen: Collection[Subject], purpose: str) -> None:
+        """Raise InputError if no subject was chosen.
+
+        Args:
+            chosen: the subjects chosen for the purpose.
+            purpose: 'train', 'validate', 'segment' or 'measure', for the message.
+        """
+        if chosen:
+            return
+        if not Path(self.folder).is_dir():
+            raise InputError(f"{self.folder}: no such folder; name the folder of the subjects by --dataset_dir")
+        if not self.require_good():
+            for subject, reason in self.left_out.items():
+                raise InputError(f"{self.folder}: no subject of this BIDS dataset is complete; {subject} {reason}")
+            raise InputError(f"{self.folder}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
+        labeled = sum("label" in subject for subject in self.subjects)
+        remedy = {
+            "train": "training takes the labelled ones that val_subjects doesn't name; add some or name fewer",
+            "validate": "val_subjects names none; name at least one labelled subject",
+            "measure": "the first labelled one is taken; name a folder with one",
+            "segment": "by default those without a label are segmented; name others by --subjects \"['9']\"",
+        }[purpose]
+        raise InputError(
+            f"{self.folder}: no subject left to {purpose} among {len(self.subjects)}, {labeled} of them labelled; "
+            f"{remedy}"
+        )
+
+    def _labelable(self) -> list[Subject]:
+        if self.in_bids and self.require_good():
+            raise InputError(
+                f"{self.folder}: is a BIDS dataset, which can only be segmented; for training and scoring give "
+                f"labelled subjects as subject-<id>-T1, -T2 and -label"
+            )
+        return self.require_good()
+
+    def _named(self, subjects: Iterable[str], name: str) -> list[str]:
+        """Ids that a name means: the id itself; in BIDS, with or without `sub-`, also all ids that begin with it."""
+        if not self.in_bids:
+            return [subject for subject in subjects if subject == name]
+        beginning = f"sub-{name.removeprefix('sub-')}_"
+        return [subject for subject in subjects if f"{subject}_".startswith(beginning)]
+
+    def _meant(self, subjects: Iterable[str], names: Ids | None) -> list[str]:
+        """Ids that one of the names means, or all ids where `names` is None."""
+        if names is None:
+            return list(subjects)
+        meant = {subject for name in _ids(names) for subject in self._named(subjects, name)}
+        return [subject for subject in subjects if subject in meant]
+
+    def _pick(self, subjects: list[Subject], ids: Ids, setting: str) -> list[Subject]:
+        """Subjects with these ids. An id that isn't there is an error, except in a folder without subjects."""
+        by_id = {subject["subject"]: subject for subject in subjects}
+        chosen: dict[str, Subject] = {}
+        for name in _ids(ids) if subjects else ():
+            if not (named := self._named(by_id, name)):
+                raise InputError(
+                    f"{self.folder}: {setting} names subject {name}, which isn't there; choose from {', '.join(by_id)}"
+                )
+            chosen |= {subject: by_id[subject] for subject in named}
+        return list(chosen.values())
 
 
 def place(folder: str) -> tuple[str, PurePath]:

@@ -41,7 +41,8 @@ class LoadSubjectd(Transform):
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or from HDF5 as `read_hdf5` gives them
     - `t1`, `t2`: float32 (1, X, Y, Z), the channels once more, to be kept on their own grid; the meta data of `t2` have
       under `not_registered` the warning of `scripts.data.alignment`, which is logged as well, or an empty text
-    - `label`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is one
+    - `label`, `reference`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is one; `label` is brought to
+      the network's grid, `reference` stays on its own
 
     Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
 
@@ -54,7 +55,7 @@ class LoadSubjectd(Transform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         label = None
         t1_path = t2_path = data["image"] if isinstance(data["image"], str) else data["image"][0]
-        if t1_path.endswith(".h5"):
+        if isinstance(t1_path, str) and t1_path.endswith(".h5"):
             image, label = read_hdf5(t1_path)
             affine = ISEG_AFFINE.copy()
         else:
@@ -92,6 +93,7 @@ class LoadSubjectd(Transform):
         loaded["t2"].meta["not_registered"] = warning or ""
         if label is not None:
             loaded["label"] = _meta_tensor(label[None], affine, data["label"])
+            loaded["reference"] = _meta_tensor(label[None].copy(), affine, data["label"])
         return loaded
 
 

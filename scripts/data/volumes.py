@@ -10,15 +10,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.fileholders import FileHolder
 from nibabel.openers import ImageOpener
+from nibabel.spatialimages import SpatialImage
 
 from scripts.errors import InputError, ran_out_of_memory
-
-
-class VolumeInMemory(str):
-    """A nibabel image in place of a path; as text it is what messages call it, such as 'T1'."""
-
-    image: nib.spatialimages.SpatialImage
-
 
 # what is beyond these is no brain scan, and a damaged or hostile file must not fill the memory
 LONGEST_SIDE = 512  # mm; in HDF5, which is of 1 mm, voxels
@@ -32,11 +26,18 @@ SMALLEST_SHARE_OF_CUBOID = 0.8
 LARGEST_OFFSET = 0.1
 
 
-def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read the volumes of one Analyze or NIfTI file.
+def name_of(source: str | SpatialImage, kind: str = "image") -> str:
+    """What messages call an image: its path, or its kind, such as 'T1', if it has none."""
+    return source if isinstance(source, str) else source.get_filename() or kind
+
+
+def read_volumes(source: str | SpatialImage, kind: str = "image") -> tuple[np.ndarray, np.ndarray]:
+    """Read the volumes of one Analyze or NIfTI image.
 
     Args:
-        path: `.hdr`, `.nii` or `.nii.gz`; several volumes lie along the axes after the third.
+        source: the path of a `.hdr`, `.nii` or `.nii.gz`, or a nibabel image in memory; several volumes lie along the
+            axes after the third.
+        kind: what messages call an image without a path.
 
     Returns:
         Scaled values as float32 (volumes, X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
@@ -44,8 +45,9 @@ def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: the file can't be read whole, has NaN or infinite values, or as `require_brain_scan`.
     """
+    path = name_of(source, kind)
     try:
-        image, values = _image_and_values(path)
+        image, values = _image_and_values(source, path)
     except InputError:
         raise
     except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
@@ -60,13 +62,12 @@ def read_volumes(path: str) -> tuple[np.ndarray, np.ndarray]:
     return np.moveaxis(volumes, -1, 0), image.affine
 
 
-def _image_and_values(path: str) -> tuple[nib.spatialimages.SpatialImage, np.ndarray]:
-    """The image of a file, once its header has passed `require_brain_scan`, and its values as float32."""
-    if isinstance(path, VolumeInMemory):
-        require_brain_scan(path, path.image)
-        return path.image, path.image.get_fdata(dtype=np.float32, caching="unchanged")
-    image = nib.load(path, mmap=False)
+def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialImage, np.ndarray]:
+    """The image, once its header has passed `require_brain_scan`, and its values as float32."""
+    image = nib.load(source, mmap=False) if isinstance(source, str) else source
     require_brain_scan(path, image)
+    if not isinstance(source, str):
+        return image, image.get_fdata(dtype=np.float32, caching="unchanged")
     _require_room(image)
     with ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
         stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
@@ -84,7 +85,7 @@ def _image_and_values(path: str) -> tuple[nib.spatialimages.SpatialImage, np.nda
     return image, values
 
 
-def _require_room(image: nib.spatialimages.SpatialImage) -> None:
+def _require_room(image: SpatialImage) -> None:
     """Raise EOFError where a file is too short for its values: nibabel takes memory for all of them before it reads."""
     path = Path(image.file_map["image"].filename)
     needed = math.prod(image.shape) * image.get_data_dtype().itemsize
@@ -97,7 +98,7 @@ def _voxels(sizes: Iterable[float]) -> str:
     return f"its voxel size of {' x '.join(f'{size:.4g}' for size in sizes)} mm"
 
 
-def require_brain_scan(path: str, image: nib.spatialimages.SpatialImage) -> None:
+def require_brain_scan(path: str, image: SpatialImage) -> None:
     """Refuse an image that can't be a brain scan, before its values are read.
 
     Raises:
@@ -124,11 +125,11 @@ def require_brain_scan(path: str, image: nib.spatialimages.SpatialImage) -> None
         raise InputError(f"{path}: its affine is sheared, far from right angles; resample it to a grid without shear")
 
 
-def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
-    """Read an Analyze or NIfTI file of one volume.
+def read_volume(source: str | SpatialImage, kind: str = "image") -> tuple[np.ndarray, np.ndarray]:
+    """Read an Analyze or NIfTI image of one volume.
 
     Args:
-        path: as `read_volumes` takes it; axes after the third must have length 1.
+        source, kind: as `read_volumes` takes them; axes after the third must have length 1.
 
     Returns:
         Scaled values as float32 (X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
@@ -136,10 +137,10 @@ def read_volume(path: str) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         InputError: as `read_volumes`, or the file has several volumes.
     """
-    volumes, affine = read_volumes(path)
+    volumes, affine = read_volumes(source, kind)
     if len(volumes) != 1:
         shape = (*volumes.shape[1:], len(volumes))
-        raise InputError(f"{path}: shape {shape} isn't a 3-D volume; give one volume a file")
+        raise InputError(f"{name_of(source, kind)}: shape {shape} isn't a 3-D volume; give one volume a file")
     return volumes[0], affine
 
 
@@ -179,14 +180,15 @@ def t2_beside(t1_path: str) -> str:
     return str(t2_path)
 
 
-def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, str, str]:
+def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarray, np.ndarray, str, str]:
     """Read T1 and T2 of a subject.
 
     Args:
-        image: paths of T1 and T2; or one path, of a 4-D file of the two, or of a T1 that has its T2 beside it.
+        image: paths or nibabel images of T1 and T2; or one path, of a 4-D file of the two, or of a T1 that has its T2
+            beside it.
 
     Returns:
-        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and the paths of the files that T1 and T2 are from.
+        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and what messages call T1 and T2 (see `name_of`).
 
     Raises:
         InputError: as `read_volumes`, `t2_beside` and `require_same_grid`, or a single file has more than two volumes.
@@ -198,11 +200,13 @@ def read_t1_and_t2(image: str | Sequence[str]) -> tuple[np.ndarray, np.ndarray, 
             return _by_channel(*volumes), affine, t1_path, t1_path
         if len(volumes) != 1:
             raise InputError(f"{image}: holds {len(volumes)} volumes, not two; give T1 and T2, in this order")
-        t1, t2_path = volumes[0], t2_beside(image)
+        t1, t2_source = volumes[0], t2_beside(image)
     else:
-        t1_path, t2_path = image
-        t1, affine = read_volume(t1_path)
-    t2, t2_affine = read_volume(t2_path)
+        t1_source, t2_source = image
+        t1_path = name_of(t1_source, "T1")
+        t1, affine = read_volume(t1_source, "T1")
+    t2_path = name_of(t2_source, "T2")
+    t2, t2_affine = read_volume(t2_source, "T2")
     require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
     return _by_channel(t1, t2), affine, t1_path, t2_path
 

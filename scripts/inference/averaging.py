@@ -17,20 +17,25 @@ from scripts.weights import checkpoint_paths, load_weights
 
 logger = logging.getLogger(__name__)
 
+PAPER_DROPOUT = 0.2
 # what the uncertainty of a label may be taken from, see `AveragingInferer`
 UNCERTAINTIES = ("network", "flips", "dropout")
 
 
 def with_dropout(network: Callable[..., torch.Tensor]) -> nn.Module:
-    """A copy of a network in evaluation mode whose dropout layers, and they alone, drop features as in training.
+    """Return a copy of a network in evaluation mode whose dropout layers, and they alone, drop features.
+
+    A layer with a probability of 0, as `configs/train.json` trains, gets that of the paper.
 
     Raises:
-        InputError: there is no dropout layer that drops anything, as in an exported network.
+        InputError: there is no dropout layer, as in an exported network.
     """
-    if isinstance(network, nn.Module) and any(isinstance(m, nn.Dropout) and m.p > 0 for m in network.modules()):
+    if isinstance(network, nn.Module) and any(isinstance(module, nn.Dropout) for module in network.modules()):
         network = copy.deepcopy(network)
         for module in network.modules():
             module.training = isinstance(module, nn.Dropout)
+            if module.training:
+                module.p = module.p or PAPER_DROPOUT
         return network
     raise InputError(
         "--uncertainty dropout: this network has no dropout; use flips, or a checkpoint (.pt) of a network with dropout"

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from monai.inferers import Inferer
@@ -71,7 +72,7 @@ def _make_bias_exact(convolution: nn.Conv3d, following: nn.Conv3d) -> None:
     following.weight.div_(scale[:, None, None, None])
 
 
-def folded(network: nn.Module) -> nn.Module:
+def fuse_batch_norms(network: nn.Module) -> nn.Module:
     """A copy of a network in evaluation mode in which each batch norm right behind a convolution is part of it.
 
     The logits are those of the network but for rounding, with fewer passes over memory. In an nn.Sequential, whose
@@ -93,7 +94,9 @@ def folded(network: nn.Module) -> nn.Module:
 
 
 class MixedPrecisionInferer(Inferer):
-    """Run the network of another inferer in the precision and memory layout that suit, and when not training `folded`.
+    """Run the network of another inferer in the precision and memory layout that suit.
+
+    Without gradients the network runs with its batch norms fused, see `fuse_batch_norms`.
 
     Called with (B, C, X, Y, Z) and a network, it returns the network's logits as float32, (B, classes, X, Y, Z).
 
@@ -117,6 +120,14 @@ class MixedPrecisionInferer(Inferer):
         self.inferer = inferer
         self.precision = precision
         self.memory_format = MEMORY_FORMATS[memory_format]
+        self.fused: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], nn.Module]] = WeakKeyDictionary()
+
+    def _fused(self, network: nn.Module) -> nn.Module:
+        """The network by `fuse_batch_norms`, made once and anew only when its weights have changed."""
+        versions = [(tensor.data_ptr(), tensor._version) for tensor in network.state_dict(keep_vars=True).values()]
+        if network not in self.fused or self.fused[network][0] != versions:
+            self.fused[network] = versions, fuse_batch_norms(network)
+        return self.fused[network][1]
 
     def __call__(
         self, inputs: torch.Tensor, network: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
@@ -127,7 +138,7 @@ class MixedPrecisionInferer(Inferer):
             dtype = torch.float32  # so that windows are chosen for the memory that float32 takes
         # where gradients are wanted, they are those of the network's own weights
         if isinstance(network, nn.Module) and not training and not torch.is_grad_enabled():
-            network = folded(network)
+            network = self._fused(network)
 
         def run(patch: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
             patch = patch.contiguous(memory_format=self.memory_format)

@@ -1,4 +1,4 @@
-"""How results came about: with which version, weights, packages and command."""
+"""How results came about: version, weights, packages, command and settings."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ from scripts.data.storage import without_credentials
 from scripts.files import ROOT, whole_files
 from scripts.inference.exported import is_exported
 from scripts.inference.precision import network_precision
-from scripts.weights import begins, checkpoint_paths, holds
+from scripts.weights import checkpoint_paths, holds, is_fresh_start, sha256
 
 NAME = "infant_brain_mri_skipdenseseg"
 METADATA = ROOT / "configs" / "metadata.json"
@@ -55,16 +55,8 @@ def _quoted(argument: str) -> str:
     return f'"{argument}"' if "'" in argument and not set(argument) & set('"$`\\!') else shlex.quote(argument)
 
 
-def sha256(*paths: str | Path) -> str:
-    """SHA-256 of what files hold, one after the other."""
-    digest = hashlib.sha256()
-    for path in paths:
-        digest.update(Path(path).read_bytes())
-    return digest.hexdigest()
-
-
-def shown(value: Any) -> Any:
-    """A setting as it is; of a network, an optimiser and the like what it is."""
+def summary_of(value: Any) -> Any:
+    """A setting as it is, or the kind of a network, an optimiser and the like."""
     if isinstance(value, torch.nn.Module):
         return f"{type(value).__name__}, {sum(each.numel() for each in value.parameters()):,} parameters"
     plain = value is None or isinstance(value, str | int | float | Sequence)
@@ -72,18 +64,18 @@ def shown(value: Any) -> Any:
 
 
 def provenance(engine: Engine, settings: Mapping[str, Any]) -> dict[str, str]:
-    """How results come about that an engine is about to make, by what is told.
+    """Return how the results come about that an engine is about to make, by topic.
 
     Args:
         engine: of a network.
-        settings: to be told, by name; `precision` is among them, and `checkpoints` where they give the weights.
+        settings: by name; `precision` is among them, and `checkpoints` where they give the weights.
     """
     device = torch.device(engine.state.device)
     dtype = network_precision(device, settings["precision"], training=isinstance(engine, Trainer))
     precision = str(dtype).removeprefix("torch.")
     paths = checkpoint_paths(settings["checkpoints"]) if "checkpoints" in settings else []
     exported = any(map(is_exported, paths))
-    # MONAI's federated client evaluates weights that it was sent, whether or not a checkpoint is there
+    # MONAI's federated client evaluates weights that it was sent, whether or not a checkpoint exists
     given = len(paths) == 1 and not exported and not holds(paths[0], engine.network)
     if start := settings.get("start_from"):
         paths.append(start)
@@ -98,34 +90,40 @@ def provenance(engine: Engine, settings: Mapping[str, Any]) -> dict[str, str]:
             f"checkpoint {path}": GIVEN if given or not Path(path).is_file() else f"SHA-256 {sha256(path)}"
             for path in paths
         },
-        **{f"setting {name}": without_credentials(str(shown(value))) for name, value in settings.items()},
+        **{f"setting {name}": without_credentials(str(summary_of(value))) for name, value in settings.items()},
     }
 
 
 def made_by(checkpoints: str | Sequence[str]) -> str:
-    """Bundle, version and weights in at most 79 characters, which a label image has for it.
+    """Return bundle, version and weights in at most 79 characters, for the header of a label image.
 
     Args:
-        checkpoints: as `scripts.weights.checkpoint_paths` takes it. The weights are told by the first characters of
-            their SHA-256, those of several checkpoints by that of all in a row; not at all where a file is missing.
+        checkpoints: as `scripts.weights.checkpoint_paths` takes it. The weights are named by the first characters of
+            their SHA-256, several checkpoints by that of their SHA-256s in a row; not at all if a file is missing.
 
     Raises:
         InputError: as `checkpoint_paths`.
     """
     paths = checkpoint_paths(checkpoints)
-    weights = f", weights {sha256(*paths)[:16]}" if all(Path(path).is_file() for path in paths) else ""
+    weights = ""
+    if all(Path(path).is_file() for path in paths):
+        digests = [sha256(path) for path in paths]
+        digest = digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+        weights = f", weights {digest[:16]}"
     return f"{NAME} {metadata()['version']}{weights}"
 
 
 class ProvenanceSaver:
     """Handler that writes how the results of a run come about, as `<kind>-provenance.json`, once there are any.
 
+    Other handlers find it as `engine.state.provenance` when the run has started.
+
     Args:
         output_dir: the folder of the results.
         kind: of the run: 'training', 'evaluation', 'inference'.
         settings: see `provenance`.
         weights: a checkpoint that the run makes; its SHA-256 is added at the end.
-        resume: whether the run goes on with another, of which the file tells; it is added to that.
+        resume: whether the run resumes another; it is then added to the file of that run.
     """
 
     def __init__(
@@ -133,14 +131,14 @@ class ProvenanceSaver:
         output_dir: str,
         kind: str,
         settings: Mapping[str, Any],
-        weights: str | None = None,
+        weights: Path | None = None,
         resume: bool = False,
     ) -> None:
         self.path = Path(output_dir) / f"{kind}-provenance.json"
         self.settings = settings
         self.weights = weights
         self.resume = resume
-        self.told: dict[str, str] = {}
+        self.record: dict[str, str] = {}
         self.written = False
 
     def attach(self, engine: Engine) -> None:
@@ -150,13 +148,14 @@ class ProvenanceSaver:
 
     def note(self, engine: Engine) -> None:
         """Look before anything is made: a training may replace the checkpoint that it started from."""
-        self.told, self.written = provenance(engine, self.settings), False
-        # a training that was to go on and found nothing begins at its first epoch, whatever an older one left
-        if self.resume and not begins(engine) and self.path.is_file():
-            resumed = "; ".join(self.told[name] for name in ("command", "bundle", "software"))
-            with suppress(ValueError):  # somebody wrote in it
+        self.record, self.written = provenance(engine, self.settings), False
+        # a training that found nothing to resume starts at its first epoch, whatever an older one left
+        if self.resume and not is_fresh_start(engine) and self.path.is_file():
+            resumed = "; ".join(self.record[name] for name in ("command", "bundle", "software"))
+            with suppress(ValueError):  # somebody edited it
                 begun = json.loads(self.path.read_text(encoding="utf-8"))
-                self.told = begun | {f"resumed {self.told['date']}": resumed}
+                self.record = begun | {f"resumed {self.record['date']}": resumed}
+        engine.state.provenance = self.record
 
     def write_once(self) -> None:
         if not self.written:
@@ -166,8 +165,8 @@ class ProvenanceSaver:
         if idist.get_rank() > 0:
             return
         made = {}
-        if self.written and self.weights and Path(self.weights).is_file():
+        if self.written and self.weights and self.weights.is_file():
             made = {f"weights {self.weights}": f"SHA-256 {sha256(self.weights)}"}
         with whole_files(self.path.parent) as temporary:
-            (temporary / self.path.name).write_text(json.dumps(self.told | made, indent=4) + "\n", encoding="utf-8")
+            (temporary / self.path.name).write_text(json.dumps(self.record | made, indent=4) + "\n", encoding="utf-8")
         self.written = True

@@ -1,24 +1,78 @@
 """The checkpoints that a training writes, keeps and replaces."""
 
-import hashlib
 import re
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import ignite.distributed as idist
 import torch
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
+from scripts.data.storage import Folders
 from scripts.errors import InputError
 from scripts.files import whole_files
-from scripts.weights import begins, holds
+from scripts.training.resume import ResumableTraining
+from scripts.weights import holds, is_fresh_start, sha256
 
 
 def _write(network: torch.nn.Module, path: Path) -> None:
     with whole_files(path.parent) as temporary:
         # on the CPU, so that whoever loads them needn't have a GPU
         torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary / path.name)
+
+
+class Checkpoints:
+    """Handler of a trainer for all its checkpoints: kept, resumed from, compared and written.
+
+    It may stand anywhere among the handlers. It keeps a copy of a `model.pt` and a `last.pt` that the training will
+    replace, resumes from `last.pt` when asked, validates the included weights if the training starts from them, writes
+    `model.pt` when a validation is better than all before, `last.pt` after each epoch, and `step-<n>.pt` if wanted.
+
+    Args:
+        folders: `model.pt` is in the folder of checkpoints, all others in that of results.
+        network: whose weights are written.
+        validator: the evaluator whose best metric decides.
+        settings: see `ResumableTraining`.
+        seed: see `ResumableTraining`.
+        resume: see `ResumableTraining`.
+        interval: steps from one `step-<n>.pt` to the next; 0 for none.
+        keep: how many of these are kept.
+        parts: what else has a state, see `ResumableTraining`.
+
+    Raises:
+        InputError: as `ResumableTraining` and `StepWeightsSaver`.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        network: torch.nn.Module,
+        validator: Evaluator,
+        settings: Mapping[str, Any],
+        seed: int,
+        resume: bool = False,
+        interval: int = 0,
+        keep: int = 16,
+        **parts: Any,
+    ) -> None:
+        best, last = Path(folders.checkpoints, "model.pt"), Path(folders.output, "last.pt")
+        self.validator = validator
+        self.best = BestWeightsSaver(best, network)
+        self.handlers = [
+            EarlierWeightsKeeper(best),
+            *([] if resume else [EarlierWeightsKeeper(last)]),
+            ResumableTraining(last, resume, seed, settings, best, validator, network, **parts),
+            FoundWeightsValidator(best, network, validator),
+            *([StepWeightsSaver(folders.output, network, interval, keep, resume)] if interval else []),
+        ]
+
+    def attach(self, engine: Engine) -> None:
+        self.best.attach(self.validator)
+        for handler in self.handlers:
+            handler.attach(engine)
 
 
 class BestWeightsSaver:
@@ -32,7 +86,7 @@ class BestWeightsSaver:
         network: whose weights are written.
     """
 
-    def __init__(self, path: str, network: torch.nn.Module) -> None:
+    def __init__(self, path: str | Path, network: torch.nn.Module) -> None:
         self.path = Path(path)
         self.network = network
 
@@ -56,7 +110,7 @@ class FoundWeightsValidator:
         validator: the evaluator that has the `BestWeightsSaver`.
     """
 
-    def __init__(self, path: str, network: torch.nn.Module, validator: Evaluator) -> None:
+    def __init__(self, path: str | Path, network: torch.nn.Module, validator: Evaluator) -> None:
         self.path = Path(path)
         self.network = network
         self.validator = validator
@@ -65,7 +119,7 @@ class FoundWeightsValidator:
         engine.add_event_handler(Events.STARTED, self.validate)
 
     def validate(self, engine: Engine) -> None:
-        if begins(engine) and holds(self.path, self.network):
+        if is_fresh_start(engine) and holds(self.path, self.network):
             print(f"training starts from {self.path}, which stays unless a network is better than it")
             self.validator.run()
             self.validator.state.best_metric_epoch = 0  # it ran as epoch 1, which is yet to come
@@ -102,7 +156,7 @@ class StepWeightsSaver:
         return sorted(int(name[1]) for name in names if name)
 
     def require_none(self, engine: Engine) -> None:
-        if begins(engine) and (steps := self._steps()):
+        if is_fresh_start(engine) and (steps := self._steps()):
             raise InputError(
                 f"{self.output_dir}/step-{steps[0]}.pt: is of an earlier training; choose another --output_dir, "
                 f"or go on with that one by --resume True"
@@ -122,7 +176,7 @@ class EarlierWeightsKeeper:
         path: the checkpoint; the copy beside it is named after the content, so that none is kept twice.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
     def attach(self, engine: Engine) -> None:
@@ -130,9 +184,9 @@ class EarlierWeightsKeeper:
 
     @idist.one_rank_only()
     def keep(self, engine: Engine) -> None:
-        if not begins(engine) or not self.path.is_file():
+        if not is_fresh_start(engine) or not self.path.is_file():
             return
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
+        digest = sha256(self.path)[:8]
         copy = self.path.with_name(f"{self.path.stem}-{digest}{self.path.suffix}")
         if not copy.exists():
             with whole_files(copy.parent) as temporary:

@@ -17,18 +17,20 @@ class TraceSaver:
 
     Args:
         output_dir: the folder to write to.
-        steps: how many steps to record.
+        steps: how many steps to record; 0 for none.
     """
 
     def __init__(self, output_dir: str, steps: int) -> None:
         self.output_dir = Path(output_dir)
         self.name = f"trace-rank{idist.get_rank()}.pt.trace.json"
         self.written = False
-        self.profiler = torch.profiler.profile(
-            schedule=torch.profiler.schedule(wait=1, warmup=1, active=steps, repeat=1), on_trace_ready=self.write
-        )
+        self.steps = steps
 
     def attach(self, engine: Engine) -> None:
+        if not self.steps:
+            return
+        schedule = torch.profiler.schedule(wait=1, warmup=1, active=self.steps, repeat=1)
+        self.profiler = torch.profiler.profile(schedule=schedule, on_trace_ready=self.write)
         engine.add_event_handler(Events.STARTED, self.profiler.start)
         engine.add_event_handler(Events.ITERATION_COMPLETED, self.profiler.step)
         engine.add_event_handler(Events.COMPLETED, self.finish)

@@ -1,7 +1,6 @@
-"""A training that may be stopped at any moment and go on as if it hadn't been."""
+"""A training that may be stopped at any moment and resumed as if it hadn't been."""
 
 import functools
-import hashlib
 import inspect
 import math
 import reprlib
@@ -21,20 +20,21 @@ from torch import nn
 from torch.nn.modules.loss import _Loss
 
 from scripts.data.datasets import epoch_seed
+from scripts.data.subjects import names_of
 from scripts.distributed import gathered
 from scripts.errors import InputError, require_true_or_false
 from scripts.files import whole_files
-from scripts.weights import begins, load_weights
+from scripts.weights import is_fresh_start, load_weights, read_checkpoint, sha256
 
 
 def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:
-    """What an object is and was made with, in the plain types that a checkpoint may hold, so that two can be compared.
+    """Describe what an object was made with, in plain types that a checkpoint may hold, so that two can be compared.
 
     Args:
-        part: a network, a loss, transforms or a setting. Of an object its kind and its public attributes are told, and
-            so on for these, but of a network no weights; of an array its values, or its shape if they are many; of a
-            function its name, which is the same for any two lambdas of one scope.
-        within: the objects whose attribute it is, by `id`; of one that leads back to itself only the kind is told.
+        part: a network, a loss, transforms or a setting. An object is described by its kind and its public attributes,
+            recursively, a network without its weights; an array by its values, or by its shape if they are many; a
+            function by its name, which is the same for any two lambdas of one scope.
+        within: the objects whose attribute it is, by `id`; cycles are described by kind only.
     """
     if isinstance(part, torch.dtype | torch.device | np.dtype | Enum | slice):
         return str(part)
@@ -51,15 +51,15 @@ def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:
     if isinstance(part, functools.partial):
         return made_with({"kind": "partial", "func": part.func, "args": part.args, **part.keywords}, within)
     attributes = {} if id(part) in within else getattr(part, "__dict__", {})
-    # what else is private may change when it is used; the weights of classes are a loss's buffers, while those of a
-    # network come from its training
+    # other private attributes may change in use; a loss keeps its class weights in buffers, while those of a network
+    # come from its training
     kept = ("_modules", "_buffers") if isinstance(part, _Loss) else ("_modules",) if isinstance(part, nn.Module) else ()
     attributes = {name: value for name, value in attributes.items() if name in kept or not name.startswith("_")}
     return {"kind": type(part).__name__} | made_with(attributes, (*within, id(part)))
 
 
 def first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
-    """Where two that differ, as `made_with` tells them, do so first: the path to it from `name`, and both values."""
+    """Return where two differing results of `made_with` first differ: the path to it from `name`, and both values."""
     if isinstance(then, dict) and isinstance(now, dict):
         if then.get("kind") != now.get("kind"):
             return name, then.get("kind"), now.get("kind")
@@ -74,36 +74,43 @@ def first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
     return name, then, now
 
 
-class ResumableTraining:
-    """Handler that writes the state of a training after each epoch and, when asked, goes on from there.
+# settings of a training that may change when it is resumed, and those that are compared by what they lead to
+NOT_COMPARED = {
+    *("dataset_dir", "checkpoint_interval", "checkpoints_kept", "profile_steps", "picture_interval"),
+    *("epochs", "crops_per_epoch", "val_subjects", "optimizer", "lr_scheduler"),
+}
 
-    All that is random in an epoch is drawn anew from the seed, the epoch's number and the rank, so the file needs no
-    random state, and on a processor a resumed training takes the very steps that an uninterrupted one takes.
+
+class ResumableTraining:
+    """Handler that writes the state of a training after each epoch and resumes from there when asked.
+
+    All that is random in an epoch is drawn from the seed, the epoch's number and the rank. So the file needs no random
+    state, and on a processor a resumed training takes the very steps that an uninterrupted one takes.
 
     Args:
-        path: the file, written whole: what the parts' `state_dict` give, under their names, and the progress. It is
-            also a checkpoint that `load_weights` takes.
-        resume: whether to go on from the file; where there is none, training starts at the first epoch.
+        path: the file, written whole: the `state_dict` of each part under its name, and the progress. It is also a
+            checkpoint that `load_weights` takes.
+        resume: whether to resume from the file; where there is none, training starts at the first epoch.
         seed: for another training.
-        settings: what a training can't change on its way, by name: plain values, or what was made by settings, like the
-            loss, of which `made_with` tells. Its epochs, their steps and `parts` are seen to besides.
+        settings: by name, plain values or objects, see `made_with`; except NOT_COMPARED they can't change on the way.
+            Nor can the subjects, the transforms, the number of epochs and their steps.
         best_path: the checkpoint of the best epoch.
         validator: the evaluator whose best metric is kept.
         model: the network.
         parts: whatever else has a state: optimiser, learning rate scheduler.
 
     Raises:
-        InputError: `resume` isn't a bool; when training starts, if the file is damaged or belongs to a training of
-            other settings, or processes would go on from different epochs.
+        InputError: `resume` isn't a bool; when training starts, if the file is damaged or belongs to a training with
+            other settings, or processes would resume from different epochs.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | Path,
         resume: bool,
         seed: int,
-        settings: dict[str, Any],
-        best_path: str,
+        settings: Mapping[str, Any],
+        best_path: str | Path,
         validator: Evaluator,
         model: torch.nn.Module,
         **parts: Any,
@@ -112,9 +119,9 @@ class ResumableTraining:
         self.path = Path(path)
         self.resume = resume
         self.seed = seed
-        # before the first step changes anything; a schedule and an optimiser tell how they begin by their state
-        self.settings = {name: made_with(value) for name, value in settings.items()}
-        self.beginnings = {
+        # described now: the first step changes the state of an optimiser and a schedule
+        self.settings = {name: made_with(value) for name, value in settings.items() if name not in NOT_COMPARED}
+        self.settings |= {
             name: {"kind": type(part).__name__, "state": made_with(part.state_dict())} for name, part in parts.items()
         }
         self.best_path = Path(best_path)
@@ -123,10 +130,21 @@ class ResumableTraining:
         self.parts = parts
 
     def attach(self, engine: Engine) -> None:
+        training, validation = engine.data_loader.dataset, self.validator.data_loader.dataset
+        self.settings |= {
+            "subjects": names_of(training.data),
+            "val_subjects": names_of(validation.data),
+            "transforms": made_with(training.transform),
+        }
         if self.resume:
-            engine.add_event_handler(Events.STARTED, self.go_on)
+            engine.add_event_handler(Events.STARTED, self.resume_training)
+        engine.add_event_handler(Events.STARTED, self.save_after_others)
         engine.add_event_handler(Events.EPOCH_STARTED, self.draw_anew)
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    def save_after_others(self, engine: Engine) -> None:
+        """Save after each epoch, behind the validation, wherever that stands: all handlers are attached by now."""
+        if not engine.has_event_handler(self.save, Events.EPOCH_COMPLETED):
+            engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
     def draw_anew(self, engine: Engine) -> None:
         """Set every random state to that of the epoch and rank."""
@@ -142,8 +160,7 @@ class ResumableTraining:
     def save(self, engine: Engine) -> None:
         """Write the state after the epoch that was completed."""
         best = self.validator.state
-        stateful = self._stateful(engine)
-        state = {name: part.state_dict() for name, part in stateful.items()}
+        state = {name: part.state_dict() for name, part in self._stateful(engine).items()}
         state["settings"] = self._settings(engine)
         state["progress"] = {
             "epoch": engine.state.epoch,
@@ -154,9 +171,9 @@ class ResumableTraining:
         with whole_files(self.path.parent) as temporary:
             torch.save(state, temporary / self.path.name)
 
-    def go_on(self, engine: Engine) -> None:
-        """Load the state and count on from its epoch, when training begins."""
-        if not begins(engine):
+    def resume_training(self, engine: Engine) -> None:
+        """Load the state and continue with its next epoch, when training starts."""
+        if not is_fresh_start(engine):
             return
         if self.path.exists():
             self._load(engine)
@@ -164,22 +181,22 @@ class ResumableTraining:
             print(f"{self.path} isn't there: training starts at the first epoch")
         if len(epochs := set(gathered([engine.state.epoch]))) > 1:
             raise InputError(
-                f"{self.path}: isn't the same for all processes, which would go on after epochs {sorted(epochs)}; "
+                f"{self.path}: isn't the same for all processes, which would resume after epochs {sorted(epochs)}; "
                 f"put --output_dir where all of them see it"
             )
 
     def _load(self, engine: Engine) -> None:
         load_weights(self.model, str(self.path))
-        state = torch.load(self.path, map_location="cpu", weights_only=True)
+        state = read_checkpoint(str(self.path))
         remedy = "give the settings that it began with, or train anew without --resume"
         try:
-            progress, stateful = state["progress"], self._stateful(engine)
-            if unknown := [name for name in self.settings if name not in state["settings"]]:
+            progress, stateful, settings = state["progress"], self._stateful(engine), self._settings(engine)
+            if unknown := [name for name in settings if name not in state["settings"]]:
                 raise InputError(
-                    f"{self.path}: doesn't tell the {', '.join(unknown)} of its training, so another version wrote it; "
-                    f"go on with that version, or train anew without --resume"
+                    f"{self.path}: has no record of {', '.join(unknown)}, so another version of this bundle wrote it; "
+                    f"resume with that version, or train anew without --resume"
                 )
-            for name, now in self._settings(engine).items():
+            for name, now in settings.items():
                 if state["settings"][name] != now:
                     where, *values = first_difference(name, state["settings"][name], now)
                     then, now = map(reprlib.repr, values)
@@ -197,17 +214,21 @@ class ResumableTraining:
                 raise
             raise InputError(f"{self.path}: isn't the state of this training ({error}); {remedy}") from error
         engine.state.iteration = engine.state.epoch * engine.state.epoch_length
-        print(f"training goes on after epoch {engine.state.epoch} of {engine.state.max_epochs}, from {self.path}")
+        print(f"training resumes after epoch {engine.state.epoch} of {engine.state.max_epochs}, from {self.path}")
 
     def _stateful(self, engine: Engine) -> dict[str, Any]:
         scaler = {} if engine.scaler is None else {"scaler": engine.scaler}
         return {"model": self.model, **self.parts, **scaler}
 
     def _settings(self, engine: Engine) -> dict[str, Any]:
-        steps = {"epochs": engine.state.max_epochs, "steps per epoch": engine.state.epoch_length}
-        # torch would load the state of one optimiser into another, and lose what was set of the second
-        return {**steps, **self.settings, **self.beginnings, "loss scaler": engine.scaler is not None}
+        return {
+            "epochs": engine.state.max_epochs,
+            "steps per epoch": engine.state.epoch_length,
+            **self.settings,
+            # torch would load the state of one optimiser into another, and lose what was set of the second
+            "loss scaler": engine.scaler is not None,
+        }
 
     def _best_network(self) -> str | None:
         """SHA-256 of the best epoch's checkpoint; None where there is none."""
-        return hashlib.sha256(self.best_path.read_bytes()).hexdigest() if self.best_path.is_file() else None
+        return sha256(self.best_path) if self.best_path.is_file() else None

@@ -25,15 +25,15 @@ class TissueDice:
             engine.state.metrics[f"{self.mean_dice}_{tissue}"] = value
 
 
-class LastEpochValidator:
-    """Handler that validates when training ends, unless its last epoch was validated at the interval.
+class Validation:
+    """Handler of a trainer that validates at an interval of epochs, and after the last epoch in any case.
 
-    Without it a training of fewer epochs than the interval would save no network, and the last epochs of any other,
-    which have the lowest learning rate, might never be tried.
+    MONAI's ValidationHandler leaves out the last epochs, which have the lowest learning rate, and with fewer epochs
+    than the interval all of them, so that no network would be saved.
 
     Args:
         validator: the evaluator.
-        interval: the epochs between two validations, as MONAI's ValidationHandler has it.
+        interval: epochs from one validation to the next.
     """
 
     def __init__(self, validator: Evaluator, interval: int) -> None:
@@ -41,8 +41,12 @@ class LastEpochValidator:
         self.interval = interval
 
     def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.COMPLETED, self.validate)
+        engine.add_event_handler(Events.EPOCH_COMPLETED(every=self.interval), self.validate)
+        engine.add_event_handler(Events.COMPLETED, self.validate_last)
 
     def validate(self, engine: Engine) -> None:
+        self.validator.run(engine.state.epoch)
+
+    def validate_last(self, engine: Engine) -> None:
         if engine.state.epoch % self.interval:
-            self.validator.run(engine.state.epoch)
+            self.validate(engine)
