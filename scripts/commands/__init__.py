@@ -1,1 +1,1 @@
-"""A file for each `python -m scripts COMMAND`."""
+"""A module for each `python -m scripts COMMAND`, and what they share."""

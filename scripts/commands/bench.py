@@ -1,4 +1,4 @@
-"""How fast the bundle is on this machine, beside the published way and other networks."""
+"""`python -m scripts bench`: speed of the bundle on this machine, beside the published way and other networks."""
 
 import ctypes
 import json
@@ -7,8 +7,6 @@ import re
 import resource
 import statistics
 import subprocess
-import sys
-import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,21 +15,22 @@ import torch
 from monai.bundle import ConfigParser
 from monai.data.utils import dense_patch_slices
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
-from monai.metrics import compute_dice
-from monai.networks import one_hot
 from torch import nn
+from torch.utils.benchmark import timer
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from scripts.commands.compare_recipes import RECIPES
 from scripts.commands.phantom import phantom
-from scripts.data.subjects import Subject, find_subjects, require_subjects, subjects_to_segment
+from scripts.commands.shared import CONFIGS, bundle_command
+from scripts.data.subjects import Dataset, Subject
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers
 from scripts.files import ROOT, whole_files
 from scripts.inference.precision import MixedPrecisionInferer, network_precision
 from scripts.inference.windows import LargestWindowInferer
 from scripts.machine import keep_freed_memory
 from scripts.network import SkipDenseSeg
+from scripts.results.metrics import tissue_dice
 from scripts.results.tables import markdown_table
 from scripts.training.optimizer import MuonAdamW
 from scripts.weights import load_weights
@@ -44,13 +43,13 @@ Row = dict[str, Any]
 
 
 def networks() -> dict[str, nn.Module]:
-    """Both published variants, and what MONAI offers for the same task: 2 channels in, 4 classes out.
+    """Return both published variants, and MONAI's networks for the same task: 2 channels in, 4 classes out.
 
-    The compact variant is that of `configs/train.json`, without dropout; the paper's has its dropout. DynUNet has the
-    layers and features that nnU-Net plans for a patch of 64 voxels, without its deep supervision.
+    The compact variant is that of `configs/train.json`, without dropout; the paper's variant has dropout. DynUNet has
+    the layers and features that nnU-Net plans for a patch of 64 voxels, without deep supervision.
     """
     training, recipes = (
-        ConfigParser(ConfigParser.load_config_file(file)) for file in (ROOT / "configs" / "train.json", RECIPES)
+        ConfigParser(ConfigParser.load_config_file(file)) for file in (CONFIGS / "train.json", RECIPES)
     )
     return {
         "SkipDenseSeg compact": training.get_parsed_content("network_def"),
@@ -60,7 +59,7 @@ def networks() -> dict[str, nn.Module]:
 
 
 def default_allocator() -> None:
-    """Undo `keep_freed_memory`: the thresholds at which glibc arrives by itself when large blocks come and go."""
+    """Undo `keep_freed_memory`: set the thresholds that glibc reaches by itself when large blocks come and go."""
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_threshold, mmap_max = -1, -3, -4  # from malloc.h
         libc = ctypes.CDLL(None)
@@ -69,36 +68,33 @@ def default_allocator() -> None:
         libc.mallopt(trim_threshold, 2**26)
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
-    """Wall time of one call, what it started on a GPU included."""
-    begin = time.perf_counter()
+def seconds_of(call: Callable[[], Any]) -> float:
+    """Return the wall time of one call, including the work that it starts on a GPU."""
+    begin = timer()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - begin
+    return timer() - begin
 
 
 def interleaved_medians(
-    ways: Mapping[str, tuple[Callable[[], None], Callable[[], Any]]], rounds: int, device: torch.device, title: str
+    ways: Mapping[str, tuple[Callable[[], None], Callable[[], Any]]], rounds: int, title: str
 ) -> dict[str, float]:
-    """Median seconds of each way, all ways in turn in each round, so that a slow minute of the machine meets all.
+    """Return the median seconds of each way; each round times all ways, so that a slow minute affects all of them.
 
     Args:
-        ways: by name, what sets up the allocator and what is timed, which was called before.
-        rounds: how many.
-        device: where the ways compute.
+        ways: by name, a function that sets up the allocator and the function to time, which is already warm.
+        rounds: number of rounds.
         title: for the progress bar.
     """
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for name in tqdm([name for _ in range(rounds) for name in ways], desc=title, mininterval=1.0):
         prepare, call = ways[name]
         prepare()
-        seconds[name].append(seconds_of(call, device))
+        seconds[name].append(seconds_of(call))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
-    """GB that a call needs at most beyond what was in use before; None where the system doesn't tell."""
+    """Return the peak GB of a call beyond the memory in use before; None where the system doesn't report it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -112,23 +108,35 @@ def peak_memory(call: Callable[[], Any], device: torch.device) -> float | None:
         return int(re.search(rf"{name}:\s+(\d+)", status.read_text())[1])
 
     ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")  # the peak starts anew at what is in use
+    reset.write_text("5")  # resets the peak to the memory in use
     before = kilobytes("VmRSS")
     call()
     return (kilobytes("VmHWM") - before) * 1024 / 1e9
 
 
+def gigaflops_of(call: Callable[[], Any]) -> float:
+    """Return the number of floating-point operations of a call, in 10^9."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops() / 1e9
+
+
+@torch.inference_mode()
+def infer(inferer: Inferer, image: torch.Tensor, network: nn.Module) -> torch.Tensor:
+    """Return the logits of an image (B, C, X, Y, Z), without gradients."""
+    return inferer(image, network)
+
+
 def convolution_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """GFLOP/s of the network's largest convolution, 32 to 32 features, by itself and in the better layout."""
+    """Return the GFLOP/s of the network's largest convolution, 32 to 32 features, alone and in the faster layout."""
     best = 0.0
     for layout in (torch.contiguous_format, torch.channels_last_3d):
         convolution = nn.Conv3d(32, 32, 3, padding=1, bias=False).to(device, dtype).to(memory_format=layout)
         image = torch.randn(1, 32, PATCH, PATCH, PATCH, device=device, dtype=dtype).contiguous(memory_format=layout)
-        with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-            convolution(image)
         with torch.inference_mode():
-            seconds = [seconds_of(lambda c=convolution, i=image: c(i), device) for _ in range(10)]
-        best = max(best, counter.get_total_flops() / statistics.median(seconds) / 1e9)
+            gigaflops = gigaflops_of(lambda c=convolution, i=image: c(i))
+            seconds = [seconds_of(lambda c=convolution, i=image: c(i)) for _ in range(10)]
+        best = max(best, gigaflops / statistics.median(seconds))
     return best
 
 
@@ -153,9 +161,8 @@ def _training_step(
 
 
 def training_steps(device: torch.device, precision: str, rounds: int, ceiling: float) -> list[Row]:
-    """Seconds of a training step at batch 1 and 4: plain eager float32 against ours, and other networks as ours."""
+    """Time training steps at batch 1 and 4: ours, plain eager float32, and other networks trained like ours."""
     rows: list[Row] = []
-    plain = SimpleInferer()
     tuned = MixedPrecisionInferer(SimpleInferer(), precision)
     for batch_size in (1, 4):
         ways, gigaflops = {}, {}
@@ -164,27 +171,25 @@ def training_steps(device: torch.device, precision: str, rounds: int, ceiling: f
             optimizer_type = MuonAdamW if isinstance(network, SkipDenseSeg) else torch.optim.AdamW
             ways[name] = (keep_freed_memory, _training_step(network, tuned, batch_size, device, optimizer_type))
             ways[name][1]()
-            without_optimizer = _training_step(network, tuned, batch_size, device, torch.optim.SGD)
-            with FlopCounterMode(display=False) as counter:
-                without_optimizer()
-            gigaflops[name] = counter.get_total_flops() / 1e9
+            # SGD: the operations of the optimizer don't count
+            gigaflops[name] = gigaflops_of(_training_step(network, tuned, batch_size, device, torch.optim.SGD))
             if isinstance(network, SkipDenseSeg):
-                step = _training_step(network, plain, batch_size, device, optimizer_type)
+                step = _training_step(network, SimpleInferer(), batch_size, device, optimizer_type)
                 step()
                 ways[f"{name}, plain eager float32"] = (default_allocator, step)
-        medians = interleaved_medians(ways, rounds, device, f"training steps, batch {batch_size}")
+        medians = interleaved_medians(ways, rounds, f"training steps, batch {batch_size}")
         for name, seconds in medians.items():
             row: Row = {"network": name, "batch": batch_size, "seconds": seconds}
             if name in gigaflops:
                 row["share of the ceiling"] = gigaflops[name] / seconds / ceiling
-            if slower := medians.get(f"{name}, plain eager float32"):
-                row["times as fast as plain"] = slower / seconds
+            if plain_seconds := medians.get(f"{name}, plain eager float32"):
+                row["times as fast as plain"] = plain_seconds / seconds
             rows.append(row)
     return rows
 
 
 def _config(config_file: str, device: torch.device, precision: str, **settings: Any) -> ConfigParser:
-    config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / config_file))
+    config = ConfigParser(ConfigParser.load_config_file(CONFIGS / config_file))
     config.update({"bundle_root": str(ROOT), "device": device, "precision": precision, **settings})
     return config
 
@@ -192,53 +197,49 @@ def _config(config_file: str, device: torch.device, precision: str, **settings: 
 def one_subject(
     device: torch.device, precision: str, rounds: int, ceiling: float, subject: Subject, published_in_full: bool
 ) -> list[Row]:
-    """Seconds for one subject, network only, by the published way, by common windows and by ours, with its labels."""
+    """Time the network on one subject in several ways, and compare the labels.
+
+    The ways are the published one, usual windows over the whole volume and over the foreground, ours, and other
+    networks.
+    """
     network = SkipDenseSeg().to(device)
     load_weights(network, str(ROOT / "models" / "model.pt"))
     network.eval()
     dense = SlidingWindowInferer([PATCH] * 3, 1, overlap=1 - PUBLISHED_STRIDE / PATCH)
-    common = SlidingWindowInferer([PATCH] * 3, 1, overlap=0.5, mode="gaussian")
-    # the published way, the common one over the whole volume, over the foreground, and ours
-    whole = _config("inference.json", device, "fp32", foreground_margin=1000)
+    usual = SlidingWindowInferer([PATCH] * 3, 1, overlap=0.5, mode="gaussian")
+    whole = _config("inference.json", device, "fp32", foreground_margin=1000)  # the whole volume
     ours = _config("inference.json", device, precision)
-    in_windows = _config("inference.json", device, precision, window_size=[PATCH] * 3).get_parsed_content("inferer")
-    volume = whole.get_parsed_content("preprocessing")(subject)
-    box = ours.get_parsed_content("preprocessing")(subject)
+    windowed = _config("inference.json", device, precision, window_size=[PATCH] * 3)
+    our_inferer, in_windows = (config.get_parsed_content("inferer") for config in (ours, windowed))
+    volume, box = (config.get_parsed_content("preprocessing")(subject) for config in (whole, ours))
     image, foreground = (item["image"][None].as_tensor().to(device) for item in (volume, box))
     window = image[..., :PATCH, :PATCH, :PATCH].contiguous()
     windows = len(dense_patch_slices(image.shape[2:], [PATCH] * 3, [PUBLISHED_STRIDE] * 3))
-    our_inferer = ours.get_parsed_content("inferer")
-    tuned_common = MixedPrecisionInferer(common, precision)
-
-    @torch.inference_mode()
-    def window_pass() -> None:
-        network(window)
-
-    @torch.inference_mode()
-    def segment(inferer: Inferer, values: torch.Tensor, network: nn.Module = network) -> torch.Tensor:
-        return inferer(values, network)
 
     published_way = f"the published way: {windows:,} windows at stride {PUBLISHED_STRIDE}, float32"
-    common_way = f"{PATCH}^3 windows, overlap 0.5, whole volume, float32"
-    calls: dict[str, tuple[Callable[[], Any], Any]] = {
-        **({published_way: (lambda: segment(dense, image), whole)} if published_in_full else {}),
-        common_way: (lambda: segment(common, image), whole),
-        "the same over the foreground, our precision": (lambda: segment(tuned_common, foreground), ours),
-        "ours": (lambda: segment(our_inferer, foreground), ours),
+    usual_way = f"{PATCH}^3 windows, overlap 0.5, whole volume, float32"
+    # what is timed, and the config whose labels are compared
+    calls: dict[str, tuple[Callable[[], torch.Tensor], ConfigParser | None]] = {
+        **({published_way: (lambda: infer(dense, image, network), whole)} if published_in_full else {}),
+        usual_way: (lambda: infer(usual, image, network), whole),
+        "the same over the foreground, our precision": (
+            lambda: infer(MixedPrecisionInferer(usual, precision), foreground, network),
+            ours,
+        ),
+        "ours": (lambda: infer(our_inferer, foreground, network), ours),
     }
-    others = {name: net.to(device).eval() for name, net in networks().items() if not isinstance(net, SkipDenseSeg)}
-    for name, other in others.items():
-        calls[f"{name}, over the foreground as ours"] = (
-            lambda other=other: segment(our_inferer, foreground, other),
-            None,
-        )
-        # they normalise over all that they are given, so that one pass costs them Dice
-        calls[f"{name}, the same in {PATCH}^3 windows, overlap {ours['inferer#inferer#inferer#overlap']}"] = (
-            lambda other=other: segment(in_windows, foreground, other),
-            None,
-        )
+    for name, other in networks().items():
+        if isinstance(other, SkipDenseSeg):
+            continue
+        other.to(device).eval()
+        # these networks normalise over their whole input, so one pass costs them Dice: timed in windows as well
+        overlap = windowed["inferer#inferer#inferer#overlap"]
+        for way, inferer in (
+            ("over the foreground as ours", our_inferer),
+            (f"the same in {PATCH}^3 windows, overlap {overlap}", in_windows),
+        ):
+            calls[f"{name}, {way}"] = (lambda i=inferer, n=other: infer(i, foreground, n), None)
 
-    truth = one_hot(box["reference"][None].long(), 4)
     brain = box["t1"][0] > 0
     rows: dict[str, Row] = {}
     labels: dict[str, torch.Tensor] = {}
@@ -248,64 +249,54 @@ def one_subject(
         row = rows[name] = {"way": name}
 
         def once(call: Callable[[], Any] = call, logits: list[torch.Tensor] = logits, row: Row = row) -> None:
-            row["seconds"] = seconds_of(lambda: logits.append(call()), device)
+            row["seconds"] = seconds_of(lambda: logits.append(call()))
 
         row["peak GB"] = peak_memory(once, device)
         if config is not None:
             item = volume if config is whole else box
-            found = config.get_parsed_content("postprocessing")(
-                item | {"pred": type(item["image"])(logits[0][0].cpu())}
-            )
-            labels[name] = found["pred"]
-            reference = next(iter(labels.values()))
-            row["Dice"] = float(
-                compute_dice(one_hot(found["pred"][None].long(), 4), truth, include_background=False).mean()
-            )
-            row["labels as the first"] = float((found["pred"] == reference)[0][brain].float().mean())
+            item = item | {"pred": type(item["image"])(logits[0][0].cpu())}
+            labels[name] = config.get_parsed_content("postprocessing")(item)["pred"]
+            row["Dice"] = tissue_dice(labels[name], box["reference"])["mean"]
+            first = next(iter(labels.values()))
+            row["labels as the first"] = float((labels[name] == first)[0][brain].float().mean())
     ways = {name: (keep_freed_memory, call) for name, (call, config) in calls.items() if config is not whole}
     if not published_in_full:
-        ways[published_way] = (keep_freed_memory, window_pass)
+        ways[published_way] = (keep_freed_memory, lambda: infer(SimpleInferer(), window, network))
         rows = {published_way: {"way": f"{published_way} (one timed, multiplied)"}} | rows
-    medians = interleaved_medians(ways, rounds, device, "one subject")
+    medians = interleaved_medians(ways, rounds, "one subject")
     if not published_in_full:
         medians[published_way] *= windows
-    # long enough to be timed once, when all is warm; the published way in full is too long to be repeated at all
-    medians[common_way] = seconds_of(calls[common_way][0], device)
-    with FlopCounterMode(display=False) as counter:
-        calls["ours"][0]()
+    # too long for several rounds; timed once more now that everything is warm, but not the published way in full
+    medians[usual_way] = seconds_of(calls[usual_way][0])
     for name, row in rows.items():
         row["seconds"] = medians.get(name, row.get("seconds"))
         row["times as fast as published"] = rows[published_way]["seconds"] / row["seconds"]
-    rows["ours"]["share of the ceiling"] = counter.get_total_flops() / medians["ours"] / 1e9 / ceiling
+    rows["ours"]["share of the ceiling"] = gigaflops_of(calls["ours"][0]) / medians["ours"] / ceiling
     return list(rows.values())
 
 
 def growth(device: torch.device, precision: str, rounds: int) -> list[Row]:
-    """Seconds and memory of ours over cubes, in one pass and in windows of 128^3."""
+    """Measure time and memory of ours on cubes, in one pass and in windows of 128^3."""
     network = SkipDenseSeg().to(device).eval()
     rows = []
     for side in CUBES:
         image = torch.randn(1, 2, side, side, side, device=device)
-        for window_size in ("auto", [128, 128, 128]):
-            if window_size != "auto" and side <= 128:
-                continue
-            inferer = MixedPrecisionInferer(
-                LargestWindowInferer(window_size, sw_batch_size=1, overlap=0.25, mode="gaussian"), precision
-            )
+        for window_size in ("auto", [128, 128, 128]) if side > 128 else ("auto",):
+            windows = LargestWindowInferer(window_size, sw_batch_size=1, overlap=0.25, mode="gaussian")
+            inferer = MixedPrecisionInferer(windows, precision)
 
-            @torch.inference_mode()
             def call(inferer: Inferer = inferer, image: torch.Tensor = image) -> torch.Tensor:
-                return inferer(image, network)
+                return infer(inferer, image, network)
 
             keep_freed_memory()
             memory = peak_memory(call, device)
-            seconds = statistics.median(seconds_of(call, device) for _ in range(rounds if side < 192 else 1))
+            seconds = statistics.median(seconds_of(call) for _ in range(rounds if side < 192 else 1))
             rows.append(
                 {
                     "volume": f"{side}^3",
                     "window_size": str(window_size),
                     "seconds": seconds,
-                    "seconds a million voxels": seconds / side**3 * 1e6,
+                    "seconds per million voxels": seconds / side**3 * 1e6,
                     "peak GB": memory,
                 }
             )
@@ -313,61 +304,60 @@ def growth(device: torch.device, precision: str, rounds: int) -> list[Row]:
 
 
 def feed(device: torch.device, precision: str, dataset_dir: Path) -> list[Row]:
-    """Batches of 4 patches a second that training is fed with, without a network, and the wait for them with one."""
-    steps, batch_size = FEED_STEPS, 4
+    """Measure the training data loader: batches of 4 patches per second alone, and the wait for data in training."""
+    batch_size = 4
     config = _config(
         "train.json", device, precision, dataset_dir=str(dataset_dir), val_subjects=[], batch_size=batch_size,
-        crops_per_epoch=steps * batch_size, patch_size=[PATCH] * 3, output_dir=str(dataset_dir.parent),
+        crops_per_epoch=FEED_STEPS * batch_size, patch_size=[PATCH] * 3, output_dir=str(dataset_dir.parent),
     )  # fmt: skip
     loader = config.get_parsed_content("train#dataloader")
-    for _ in loader:  # processes start with the first batch
-        break
-    seconds = seconds_of(lambda: [None for _ in loader], device)
+    next(iter(loader))  # starts the worker processes
+    seconds = seconds_of(lambda: [None for _ in loader])
     keep_freed_memory()
     tuned = MixedPrecisionInferer(SimpleInferer(), precision)
     step = _training_step(config.get_parsed_content("network"), tuned, batch_size, device, MuonAdamW)
     batches = iter(loader)
-    waits, computing = [], []
-    for _ in range(min(6, steps)):
-        waits.append(seconds_of(lambda: next(batches), device))
-        computing.append(seconds_of(step, device))
+    waits, steps = [], []
+    for _ in range(min(6, FEED_STEPS)):
+        waits.append(seconds_of(lambda: next(batches)))
+        steps.append(seconds_of(step))
     return [
         {
-            "steps a second, feed alone": steps / seconds,
-            "wait for data, s a step": statistics.median(waits[1:]),
-            "training step, s": statistics.median(computing[1:]),
+            "steps per second, feed alone": FEED_STEPS / seconds,
+            "wait for data, s per step": statistics.median(waits[1:]),
+            "training step, s": statistics.median(steps[1:]),
         }
     ]
 
 
 def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]:
-    """The documented command on all subjects of a folder, as a process."""
-    command = [sys.executable, "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
-    command += ["--dataset_dir", str(dataset_dir.resolve()), "--output_dir", str(output_dir.resolve())]
-    command += ["--precision", precision]
-    begin = time.perf_counter()
-    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    seconds = time.perf_counter() - begin
+    """Time the documented command on all subjects of a folder, as a process."""
+    settings = {"dataset_dir": str(dataset_dir.resolve()), "output_dir": str(output_dir.resolve())}
+    command = bundle_command([str(CONFIGS / "inference.json")], settings | {"precision": precision})
+    begin = timer()
+    finished = subprocess.run(command, capture_output=True, text=True)
+    seconds = timer() - begin
     if finished.returncode:
-        reason = (finished.stderr.strip() or "no word about it").splitlines()[-1]
+        reason = (finished.stderr.strip() or "no message").splitlines()[-1]
         raise InputError(f"{dataset_dir}: segmenting ended with status {finished.returncode}: {reason}")
-    told = re.search(r"time: ([\d.]+) s to start up, then ([\d.]+) s a subject, (.*)", finished.stdout)
+    times = re.search(r"time: ([\d.]+) s to start up, then ([\d.]+) s \w+ subject, (.*)", finished.stdout)
     return [
         {
-            "subjects": len(subjects_to_segment(str(dataset_dir), None)),
+            "subjects": len(Dataset(str(dataset_dir)).to_segment()),
             "seconds": seconds,
-            "start-up, s": float(told[1]),
-            "seconds a subject": float(told[2]),
-            "of these": told[3],
+            "start-up, s": float(times[1]),
+            "seconds per subject": float(times[2]),
+            "of which": times[3],
             "peak GB": resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9,
         }
     ]
 
 
 def labeled_subject(dataset_dir: str) -> Subject:
-    """The first subject of a folder that has a label; InputError where none has one, or as `find_subjects`."""
-    labeled = [subject for subject in find_subjects(dataset_dir) if "label" in subject]
-    require_subjects(labeled, dataset_dir, "measure")
+    """Return the first labelled subject of a folder; raise InputError if there is none, or as `Dataset`."""
+    dataset = Dataset(dataset_dir)
+    labeled = [subject for subject in dataset.require_good() if "label" in subject]
+    dataset.require(labeled, "measure")
     return labeled[0]
 
 
@@ -379,27 +369,27 @@ def bench(
     dataset_dir: str | None = None,
     published_in_full: bool = False,
 ) -> None:
-    """Measure this machine: training steps, one subject, growth with volume, the feed and a folder of subjects.
+    """Measure training steps, one subject, growth with volume, data loading and a folder of subjects on this machine.
 
-    Prints tables and writes `bench.md` and `bench.json`. Takes 9 minutes on 2 cores with bfloat16, longer
-    without; run nothing else meanwhile.
+    Prints tables and writes `bench.md` and `bench.json`. Takes 9 minutes on 2 cores with bfloat16, longer without. Run
+    nothing else meanwhile.
 
     Args:
-        output_dir: where results go; phantom subjects are made in `subjects/` below it and kept.
+        output_dir: where results go; phantom subjects are written to `subjects/` below it and kept.
         rounds: how often each way is timed; the median counts.
-        subjects: unlabelled subjects that are segmented end to end.
+        subjects: number of unlabelled subjects to segment end to end.
         precision: of ours: auto, fp32, bf16 or fp16.
-        dataset_dir: whose first labelled subject is segmented in each way; a phantom is, if not given.
-        published_in_full: whether it is segmented the published way too, for its Dice and labels: half an hour to an
-            hour more on 2 cores. Otherwise one of the windows is timed.
+        dataset_dir: folder whose first labelled subject is segmented in each way; a phantom by default.
+        published_in_full: whether to segment it in the published way too, for its Dice and labels; this takes another
+            30 to 60 minutes on 2 cores. By default only one of the windows is timed.
 
     Raises:
-        InputError: a setting can't be, `dataset_dir` has no labelled subject, or segmenting the folder fails.
+        InputError: a setting is out of range, `dataset_dir` has no labelled subject, or segmenting the folder fails.
     """
     require_whole_numbers(1, rounds=rounds, subjects=subjects)
     require_true_or_false(published_in_full=published_in_full)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = network_precision(device, precision)
+    dtypes = [network_precision(device, precision, training=training) for training in (False, True)]
     torch.manual_seed(0)
     output = Path(output_dir)
     phantoms = output / "subjects"
@@ -408,17 +398,16 @@ def bench(
     subject = subject or labeled_subject(str(phantoms))
 
     keep_freed_memory()
-    training_dtype = network_precision(device, precision, training=True)
-    ceiling, training_ceiling = (convolution_ceiling(device, each) for each in (dtype, training_dtype))
+    ceiling, training_ceiling = (convolution_ceiling(device, dtype) for dtype in dtypes)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.cpu.get_capabilities()["cpu_name"]
     machine: Row = {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "precision": str(dtype).removeprefix("torch."),
-        "precision in training": str(training_dtype).removeprefix("torch."),
+        "precision": str(dtypes[0]).removeprefix("torch."),
+        "precision in training": str(dtypes[1]).removeprefix("torch."),
         "convolution ceiling, GFLOP/s": ceiling,
-        "that of the precision in training": training_ceiling,
+        "ceiling in training precision": training_ceiling,
     }
     results = {
         "machine": [machine],

@@ -1,4 +1,4 @@
-"""Published checkpoints in: the authors' PyTorch files and those of the MindSpore model zoo's 3D_DenseNet.
+"""`python -m scripts import_weights`: published checkpoints of the authors and of MindSpore's 3D_DenseNet.
 
 Sources: github.com/tbuikr/3D-SkipDenseSeg; github.com/mindspore-ai/models, research/cv/3D_DenseNet.
 """
@@ -16,14 +16,14 @@ from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
 from scripts.weights import read_checkpoint, require_fit
 
-# what each published variant sets in network_def
+# network_def settings of each published variant
 VARIANTS: dict[str, dict[str, Any]] = {
     "compact": {},
     "paper": {"block_config": [4, 4, 4, 4], "grouped_upsampling": True, "bias": True},
 }
-# MindSpore names a cell by where it was when it was added. The published code adds blocks to lists that are attributes
-# already, so the first dense block, transition and upsampling are all called `0`, and the second block, whose place
-# MindSpore (seen in 2.10) guesses, after a layer of the first. Plain numbers and full names are taken too.
+# MindSpore names a cell when it is added to its parent. The published code adds blocks to lists that are already
+# attributes, so the first dense block, transition and upsampling are all called `0`. MindSpore (seen in 2.10) guesses
+# the place of the second block and names it after a layer of the first. Plain numbers and full names work too.
 DENSE_LAYER = re.compile(
     r"(?:dense_blocks\.|0\.cells_list\.0\.cells_list\.)?(\d+)\.cells_list\.(\d+)\.cells_list\.([0235])\.(.+)"
 )
@@ -39,7 +39,7 @@ BATCH_NORM_PARTS = {
 
 
 def name_from_mindspore(name: str) -> str:
-    """SkipDenseSeg's name of what MindSpore calls `name`; what is no name there is none here."""
+    """Return SkipDenseSeg's name for MindSpore's `name`; unknown names are returned unchanged and rejected later."""
     for theirs, ours in BATCH_NORM_PARTS.items():
         if name.endswith(f".{theirs}"):
             name = name.removesuffix(theirs) + ours
@@ -54,80 +54,79 @@ def name_from_mindspore(name: str) -> str:
 
 
 def _from_mindspore(path: str) -> tuple[dict[str, torch.Tensor], int]:
-    """The network's tensors by our names, and how many entries of training were left out."""
-    os.environ.setdefault("GLOG_v", "4")  # else MindSpore logs what is raised here as well
+    """The network's tensors by our names, and the number of skipped entries, which belong to training."""
+    os.environ.setdefault("GLOG_v", "4")  # else MindSpore also logs the errors that are raised here
     try:
         import mindspore
     except ImportError as error:
-        raise InputError(
-            f"{path}: a MindSpore checkpoint, for which MindSpore is needed ({error}); pip install mindspore"
-        ) from error
+        raise InputError(f"{path}: a MindSpore checkpoint needs MindSpore ({error}); pip install mindspore") from error
     try:
         entries = mindspore.load_checkpoint(path)
-    except Exception as error:  # what MindSpore raises for a damaged file depends on where the damage is
-        raise InputError(f"{path}: MindSpore can't read it; copy the file again, under a name in .ckpt") from error
+    except Exception as error:  # the kind of error depends on where the file is damaged
+        raise InputError(f"{path}: MindSpore can't read it; copy the file again, with the suffix .ckpt") from error
     state: dict[str, torch.Tensor] = {}
-    left_out = 0
+    skipped = 0
     for name, entry in entries.items():
-        # training leaves counters and text, and the optimiser's state of each parameter as `<state>.<parameter>`
+        # of training: counters, text, and the optimiser's state of each parameter as `<state>.<parameter>`
         if isinstance(entry, str) or entry.size == 1 or name.partition(".")[2] in entries:
-            left_out += 1
+            skipped += 1
             continue
         if (ours := name_from_mindspore(name)) in state:
-            raise InputError(f"{path}: has {ours} under two names, the second {name}; give that of one network")
+            raise InputError(
+                f"{path}: has {ours} under two names, the second {name}; give the checkpoint of one network"
+            )
         values = entry.asnumpy()
         if values.dtype.kind not in "biuf":
-            raise InputError(f"{path}: {name} isn't of real numbers, but of {values.dtype}; give the published file")
+            raise InputError(f"{path}: {name} holds {values.dtype}, not real numbers; give the published file")
         state[ours] = torch.tensor(values, dtype=torch.float32)
-    return state, left_out
+    return state, skipped
 
 
 def _from_torch(path: str) -> dict[str, torch.Tensor]:
-    """The first state dict in the file, be it the file's content or one of its entries."""
+    """The first state dict in the file: its content or one of its entries."""
     content = read_checkpoint(path)
     candidates = (content, *content.values()) if isinstance(content, Mapping) else ()
     for state in candidates:
         if not isinstance(state, Mapping) or not state:
             continue
         if all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()):
-            # torch keeps the names of the modules too, and the authors' network has no module for dropout
+            # torch also saves the names of modules, and the authors' network has no module for dropout
             if any(name.endswith("denselayer1.dropout") for name in getattr(state, "_metadata", ())):
                 print(
-                    f"warning: {path} was saved from this bundle's own network; if it was trained or imported by the "
-                    f"bundle, use it as it is: the result of this import is wrong then"
+                    f"warning: {path} was saved from this bundle's own network; if the bundle trained or imported it, "
+                    f"use that file: this import turns its kernels wrongly"
                 )
             return {name.removeprefix("module."): tensor for name, tensor in state.items()}
-    raise InputError(f"{path}: holds no state dict; give the file that the authors' training saved")
+    raise InputError(f"{path}: holds no state dict; give the file saved by the authors' training")
 
 
 def import_weights(checkpoint: str, output: str) -> None:
-    """Bring a published checkpoint into the bundle.
+    """Convert a published checkpoint to a checkpoint of the bundle.
 
-    Both published pipelines feed the network arrays with axes (z, x, y), ours have (x, y, z): the kernels are turned,
+    Both published pipelines feed the network arrays with axes (z, x, y); ours have (x, y, z). The kernels are turned,
     so that the same scan gives the same logits.
 
     Args:
         checkpoint: the authors' PyTorch `.pth` (a state dict, or a dict that holds one; names may begin with
-            DataParallel's `module.`), or a `.ckpt` of MindSpore's 3D_DenseNet, for which the package mindspore must be
-            installed.
+            DataParallel's `module.`), or a `.ckpt` of MindSpore's 3D_DenseNet, which needs the package mindspore.
         output: the file to write, `model.pt` in a folder for `--ckpt_dir`.
 
     Raises:
         InputError: the checkpoint can't be read, could run code, isn't one of the two published variants or holds NaN,
-            or `output` is there already.
+            or `output` exists.
     """
     checkpoint, output = str(checkpoint), str(output)
     if not Path(checkpoint).is_file():
         raise InputError(f"{checkpoint}: no such file; is --checkpoint right?")
     if Path(output).exists():
-        raise InputError(f"{output}: is there already; choose another --output")
+        raise InputError(f"{output}: already exists; choose another --output")
     with Path(checkpoint).open("rb") as file:
         beginning = file.read(2)
-    left_out = 0
+    skipped = 0
     if beginning.startswith((b"PK", b"\x80")):  # a zip archive, or the pickle of torch before 1.6
         state = _from_torch(checkpoint)
     elif beginning.startswith(b"\n"):  # the first field of a protocol buffer
-        state, left_out = _from_mindspore(checkpoint)
+        state, skipped = _from_mindspore(checkpoint)
     else:
         raise InputError(f"{checkpoint}: neither a PyTorch nor a MindSpore checkpoint; give the published file")
 
@@ -136,7 +135,7 @@ def import_weights(checkpoint: str, output: str) -> None:
     for name, tensor in network.state_dict().items():
         if name.endswith(".num_batches_tracked"):  # torch before 0.4.1 and MindSpore don't count batches
             state.setdefault(name, tensor)
-    require_fit(state, network, checkpoint, "give one of the compact or the paper variant of 3D-SkipDenseSeg")
+    require_fit(state, network, checkpoint, "give a checkpoint of the compact or the paper variant of 3D-SkipDenseSeg")
     for name, tensor in state.items():
         if tensor.ndim == 5:
             state[name] = tensor.permute(0, 1, 3, 4, 2)
@@ -146,12 +145,12 @@ def import_weights(checkpoint: str, output: str) -> None:
 
     parameters = sum(parameter.numel() for parameter in network.parameters())
     print(f"{variant} variant, {parameters:,} parameters, in {output}; kernels turned from (z, x, y) to (x, y, z)")
-    if left_out:
-        print(f"{left_out} entries ignored that belong to training, not to the network")
+    if skipped:
+        print(f"{skipped} entries ignored that belong to training, not to the network")
     is_where_configs_look = Path(output).name == "model.pt"
     folder = Path(output).parent if is_where_configs_look else "FOLDER"
     options = [f"--ckpt_dir {folder}"]
     for name, value in VARIANTS[variant].items():
-        shown = f'"{value}"'.replace(" ", "") if isinstance(value, list) else value
-        options.append(f"--network_def#{name} {shown}")
+        text = f'"{value}"'.replace(" ", "") if isinstance(value, list) else value
+        options.append(f"--network_def#{name} {text}")
     print(f"{'' if is_where_configs_look else 'as FOLDER/model.pt, '}every config loads it by {' '.join(options)}")

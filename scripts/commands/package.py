@@ -3,6 +3,7 @@
 import hashlib
 import io
 import zipfile
+from fnmatch import fnmatch
 from pathlib import Path
 
 from monai.bundle import ConfigParser
@@ -13,113 +14,46 @@ from scripts.results.provenance import NAME
 from scripts.weights import read_checkpoint, require_fit
 
 WEIGHTS = "models/model.pt"
-
-# by name, so that nothing else that lies in these folders gets in
+# what the zip holds: all that is not hidden in these folders, but only the published weights
 CONTENTS = (
-    "LICENSE",
-    "requirements-hashed.txt",
-    "requirements-monailabel-no-deps.txt",
-    "requirements-monailabel.txt",
-    "requirements.txt",
-    "configs/comparison.json",
-    "configs/demo.json",
-    "configs/evaluate.json",
-    "configs/inference.json",
-    "configs/logging.conf",
-    "configs/metadata.json",
-    "configs/multi_gpu_evaluate.json",
-    "configs/multi_gpu_inference.json",
-    "configs/multi_gpu_train.json",
-    "configs/onnx_export.json",
-    "configs/recipes/mindspore.json",
-    "configs/recipes/original.json",
-    "configs/recipes/robust.json",
-    "configs/train.json",
-    "docs/README.md",
-    "docs/annotating_in_3d_slicer.md",
-    "docs/bids.md",
-    "docs/cloud_storage.md",
-    "docs/coming_from_mindspore_or_pytorch.md",
-    "docs/cross_validation.md",
-    "docs/data_license.txt",
-    "docs/examples/segment_with_onnx.py",
-    "docs/experiment_tracking.md",
-    "docs/exporting.md",
-    "docs/federated_learning.md",
-    "docs/from_python.md",
-    "docs/packaging.md",
-    "docs/probabilities_and_uncertainty.md",
-    "docs/reading_the_report.md",
-    "docs/reliability.md",
-    "docs/settings.md",
-    "docs/several_devices.md",
-    "docs/synthetic_scans.md",
-    "docs/training_recipe.md",
-    "docs/unseen_brain.png",
-    "models/model.pt",
-    "scripts/__init__.py",
-    "scripts/__main__.py",
-    "scripts/commands/bench.py",
-    "scripts/data/bids.py",
-    "scripts/results/bids_derivative.py",
-    "scripts/commands/compare_recipes.py",
-    "scripts/commands/cross_validate.py",
-    "scripts/data/datasets.py",
-    "scripts/distributed.py",
-    "scripts/errors.py",
-    "scripts/inference/exported.py",
-    "scripts/commands/prepare_hdf5.py",
-    "scripts/report/page.py",
-    "scripts/commands/import_weights.py",
-    "scripts/inference/averaging.py",
-    "scripts/results/metrics.py",
-    "scripts/network.py",
-    "scripts/training/optimizer.py",
-    "scripts/commands/package.py",
-    "scripts/commands/phantom.py",
-    "scripts/results/probabilities.py",
-    "scripts/training/profiling.py",
-    "scripts/results/provenance.py",
-    "scripts/data/alignment.py",
-    "scripts/report/page.html.jinja",
-    "scripts/results/pictures.py",
-    "scripts/report/viewer.py",
-    "scripts/report/plots.py",
-    "scripts/report/viewer.js",
-    "scripts/report/warnings.py",
-    "scripts/training/resume.py",
-    "scripts/commands/robustness.py",
-    "scripts/segment.py",
-    "scripts/data/storage.py",
-    "scripts/data/subjects.py",
-    "scripts/commands/submission.py",
-    "scripts/synthesis/contrast.py",
-    "scripts/commands/synthesize.py",
-    "scripts/training/tracking.py",
-    "scripts/data/transforms.py",
-    "scripts/weights.py",
-    "scripts/workflow.py",
-    "scripts/results/writers.py",
+    *("LICENSE", "CHANGELOG.md", "CITATION.cff", "requirements*.txt", "requirements/*.txt"),
+    *("configs/**/*", "docs/**/*", "scripts/**/*", WEIGHTS),
 )
-
-# what stands at the top once more: where the model zoo and Hugging Face look for it
+LEFT_OUT = ("requirements*dev*.txt", "*/__pycache__/*")
+# files that the bundle can't be used or published without
+REQUIRED = (
+    *("LICENSE", "docs/README.md", "scripts/__init__.py", "scripts/network.py", "scripts/workflow.py", WEIGHTS),
+    *(f"configs/{name}.json" for name in ("train", "evaluate", "inference", "metadata")),
+)
+# copies at the top, where the model zoo and Hugging Face look for them
 AT_THE_TOP = {"README.md": "docs/README.md", "metadata.json": "configs/metadata.json"}
 
 
+def contents(root: Path) -> list[str]:
+    """Return the names of the files that go into the zip, without the copies at the top.
+
+    Args:
+        root: the folder of the bundle.
+    """
+    paths = (path for pattern in CONTENTS for path in root.glob(pattern) if path.is_file())
+    names = sorted({path.relative_to(root).as_posix() for path in paths})
+    return [name for name in names if "/." not in name and not any(fnmatch(name, pattern) for pattern in LEFT_OUT)]
+
+
 def require_publishable(root: Path) -> None:
-    """Refuse a bundle that wouldn't work for those who download it.
+    """Refuse a bundle that wouldn't work after the download.
 
     Args:
         root: the folder of the bundle.
 
     Raises:
-        InputError: a file is missing, the weights don't fit the network of `configs/inference.json`, or the version
-            isn't in the changelog.
+        InputError: a required file is missing, the weights don't fit the network of `configs/inference.json`, or the
+            changelog lacks the version.
     """
-    for name in CONTENTS:
+    for name in REQUIRED:
         if not (root / name).is_file():
-            remedy = "train first, or copy the weights there" if name == WEIGHTS else "get the bundle anew"
-            raise InputError(f"{root / name}: no such file, and it belongs in the zip; {remedy}")
+            remedy = "train first, or copy the weights there" if name == WEIGHTS else "get a fresh copy of the bundle"
+            raise InputError(f"{root / name}: no such file, but the zip needs it; {remedy}")
     config = ConfigParser(ConfigParser.load_config_file(root / "configs" / "inference.json"))
     state = read_checkpoint(str(root / WEIGHTS))
     require_fit(
@@ -131,20 +65,19 @@ def require_publishable(root: Path) -> None:
     metadata = ConfigParser.load_config_file(root / "configs" / "metadata.json")
     if metadata["version"] not in metadata["changelog"]:
         raise InputError(
-            f"{root / 'configs' / 'metadata.json'}: version {metadata['version']} isn't in the changelog; "
-            f"add what is new in it"
+            f"{root / 'configs' / 'metadata.json'}: version {metadata['version']} isn't in the changelog; add an entry"
         )
 
 
 def zipped(root: Path) -> bytes:
-    """A zip of the bundle in one folder, `infant_brain_mri_skipdenseseg`. Like content gives the same bytes anywhere.
+    """Return a zip of the bundle in one folder, NAME; equal contents give equal bytes on any machine.
 
     Args:
         root: the folder of the bundle.
     """
-    sources = {name: name for name in CONTENTS} | AT_THE_TOP
+    sources = {name: name for name in contents(root)} | AT_THE_TOP
     content = io.BytesIO()
-    # stored, since two versions of zlib need not compress to the same bytes; the weights hardly get smaller anyway
+    # not compressed: two versions of zlib may write different bytes, and weights hardly shrink
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         for name in sorted(sources):
             add_to_zip(archive, f"{NAME}/{name}", (root / sources[name]).read_bytes())
@@ -152,16 +85,16 @@ def zipped(root: Path) -> bytes:
 
 
 def package(output_dir: str) -> None:
-    """Pack the bundle, weights included, into `infant_brain_mri_skipdenseseg_v<version>.zip`, its SHA-256 beside it.
+    """Pack the bundle with its weights into `infant_brain_mri_skipdenseseg_v<version>.zip`, and write its SHA-256.
 
-    The version is that of `configs/metadata.json`. What goes in is `CONTENTS`, and the model card and metadata at the
-    top once more. Like content gives the same bytes.
+    The version is that of `configs/metadata.json`. The zip holds `CONTENTS`, and copies of the model card and the
+    metadata at the top. Equal contents give equal bytes.
 
     Args:
         output_dir: the folder to write to.
 
     Raises:
-        InputError: as `require_publishable`, or the folder has a zip or checksum of this version that differs.
+        InputError: as `require_publishable`, or the folder has another zip or checksum of this version.
     """
     require_publishable(ROOT)
     version = ConfigParser.load_config_file(ROOT / "configs" / "metadata.json")["version"]
@@ -171,7 +104,7 @@ def package(output_dir: str) -> None:
     for file in files:
         if (output / file).exists() and (output / file).read_bytes() != files[file]:
             raise InputError(
-                f"{output / file}: is there already with other content; raise the version in configs/metadata.json, "
+                f"{output / file}: already exists with other content; raise the version in configs/metadata.json, "
                 f"or choose another --output_dir"
             )
     with whole_files(output) as temporary:

@@ -1,8 +1,4 @@
-"""Procedural 6-month brains: tissue label maps with folds, ventricles, deep nuclei and cerebellum.
-
-All lengths are millimetres on a 1 mm grid. The axes are those of an iSeg file: x from right to left, y from back to
-front, z from bottom to top; the origin is the middle of the cerebrum.
-"""
+"""`python -m scripts phantom`: synthetic subjects of procedural brains, for demonstrations and tests."""
 
 from pathlib import Path
 
@@ -16,23 +12,23 @@ from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import ISEG_VALUES
 
-# of the generator: another one makes other subjects of a seed
+# of the generator: raise it when the subjects of a seed change
 VERSION = 2
 
 
 def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 0) -> None:
     """Write synthetic subjects in the layout and format of iSeg-2017: Analyze, int16 T1 and T2, uint8 label.
 
-    A subject depends on the seed and its own number only. Files that are there already are kept.
+    A subject depends only on the seed and its number. Existing subjects are kept.
 
     Args:
         output_dir: the folder to write to.
-        subjects: number of labelled subjects, 1 to `subjects`.
-        unlabeled: number of subjects without label, numbered on from there.
-        seed: for another population.
+        subjects: number of labelled subjects, numbered from 1.
+        unlabeled: number of subjects without a label, numbered after the labelled ones.
+        seed: selects the population.
 
     Raises:
-        InputError: a number is out of range, or a file of that name is there that isn't the same phantom subject.
+        InputError: a number is out of range, or a file with one of the names exists and isn't the same phantom.
     """
     require_whole_numbers(1, subjects=subjects)
     require_whole_numbers(0, unlabeled=unlabeled, seed=seed)
@@ -40,7 +36,7 @@ def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 
         kinds = ("T1", "T2", "label") if number <= subjects else ("T1", "T2")
         description = f"phantom version {VERSION} seed {seed} subject {number}"
         if number > subjects and (surplus := Path(output_dir) / f"subject-{number}-label.hdr").exists():
-            raise InputError(f"{surplus}: subject {number} shall have no label; choose another --output_dir")
+            raise InputError(f"{surplus}: subject {number} must have no label; choose another --output_dir")
         if made_already([Path(output_dir) / f"subject-{number}-{kind}.hdr" for kind in kinds], description):
             continue
         rng = np.random.default_rng([seed, number])

@@ -1,4 +1,4 @@
-"""Subjects in the published HDF5 layout; `transforms.read_hdf5` reads them back."""
+"""`python -m scripts prepare_hdf5`: subjects in the published HDF5 layout, which `scripts.data.hdf5` reads."""
 
 import filecmp
 from pathlib import Path
@@ -9,7 +9,7 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, Spacingd
 from tqdm import tqdm
 
 from scripts.data.checks import require_found_brain
-from scripts.data.subjects import Ids, Subject, find_subjects, require_subjects, training_subjects, validation_subjects
+from scripts.data.subjects import Dataset, Ids, Subject
 from scripts.data.transforms import LoadSubjectd, NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.files import whole_files
@@ -18,7 +18,7 @@ TRAINING_FOLDER = "data_train_no_cut"
 VALIDATION_FOLDER = "data_val_no_cut"
 PUBLISHED_MARGIN = 32  # voxels around the box of T1 > 0
 
-# to the grid and the box of the published files; the first three as in train.json
+# to the grid and the box of the published files; the first three steps are those of train.json
 published_volume = Compose(
     [
         LoadSubjectd(),
@@ -37,20 +37,21 @@ published_volume = Compose(
 )
 
 
-def _file_of(subject: Subject) -> str:
+def _file_name(subject: Subject) -> str:
     return f"train_iseg_nocut_{subject['subject']}.h5"
 
 
 def _write(subject: Subject, folder: Path) -> None:
-    """Write the file of a labelled subject, or keep the same file where it is there already."""
+    """Write the file of a labelled subject, or keep an equal file."""
     volume = published_volume(subject)
     label = volume["label"].numpy().astype(np.uint8)
     require_found_brain(volume["image"][0].numpy(), label[0], subject["image"][0])
     brain = volume["image"][0].numpy() > 0
     image = NormalizeByT1Maskd("image")(volume)["image"].numpy()
-    # resampling leaves voxels barely above 0, which mustn't be rounded to the background: the mask is told by it alone
+    # resampling leaves voxels barely above 0; rounded to the background, they would fall out of the brain mask, which
+    # readers can only take from the intensities
     image[0, brain] = np.maximum(image[0, brain], np.nextafter(image[0].min(), np.float32(np.inf)))
-    path = folder / _file_of(subject)
+    path = folder / _file_name(subject)
     with whole_files(folder) as temporary:
         with h5py.File(temporary / path.name, "w") as file:
             for name, values in (("data", image), ("label", label)):
@@ -58,7 +59,7 @@ def _write(subject: Subject, folder: Path) -> None:
         if path.exists():
             if not filecmp.cmp(temporary / path.name, path, shallow=False):
                 raise InputError(
-                    f"{path}: is there already and isn't what subject {subject['subject']} gives now; "
+                    f"{path}: already exists and differs from what subject {subject['subject']} gives now; "
                     f"remove it or choose another --output_dir"
                 )
             (temporary / path.name).unlink()
@@ -67,41 +68,41 @@ def _write(subject: Subject, folder: Path) -> None:
 def prepare_hdf5(dataset_dir: str, output_dir: str, val_subjects: Ids = (9,)) -> None:
     """Write each labelled subject as `train_iseg_nocut_<id>.h5`, in the layout of the published pipelines.
 
-    A file holds `data`, float32 (1, 2, Z, X, Y), T1 and T2 less their mean over T1 > 0 and divided by their population
-    standard deviation there, background included, and `label`, uint8 (1, 1, Z, X, Y), 0 background, 1 CSF, 2 GM, 3 WM;
-    neither chunked nor compressed. Both are cut to the box of T1 > 0 with up to 32 voxels around it. Axes are as iSeg
-    has them on disk, LAS and 1 mm; subjects on another grid are brought there first. Training subjects go to
-    `data_train_no_cut`, the others to `data_val_no_cut`. Files that are there already are kept if they are the same.
+    A file holds two datasets, neither chunked nor compressed: `data`, float32 (1, 2, Z, X, Y), T1 and T2, and `label`,
+    uint8 (1, 1, Z, X, Y), 0 background, 1 CSF, 2 GM, 3 WM. The images are normalised, background included, by mean and
+    population standard deviation over T1 > 0, and cropped to the box of T1 > 0 with up to 32 voxels around it. Axes are
+    those of iSeg files, LAS and 1 mm; subjects on another grid are resampled. Training subjects go to
+    `data_train_no_cut`, validation subjects to `data_val_no_cut`. Existing equal files are kept.
 
     Args:
         dataset_dir: the folder of subjects.
         output_dir: the folder to write to, outside `dataset_dir`.
-        val_subjects: ids of the subjects for validation; an empty list holds none out.
+        val_subjects: ids of the validation subjects; an empty list holds out none.
 
     Raises:
-        InputError: a subject has a file in the folder of the other kind or another file of that name is there, no
-            subject is labelled, or as `validation_subjects`, `LoadSubjectd`, `NormalizeByT1Maskd` and
-            `require_found_brain`.
+        InputError: a subject has a file in the other folder, or another file with its name exists; no subject is
+            labelled; or as `Dataset.validation`, `LoadSubjectd`, `NormalizeByT1Maskd` and `require_found_brain`.
     """
     output = Path(output_dir)
     if output.resolve().is_relative_to(Path(dataset_dir).resolve()):
         raise InputError(
-            f"{output_dir}: lies in the dataset, where each subject would then be twice; "
+            f"{output_dir}: lies in the dataset, which would then have each subject twice; "
             f"choose an --output_dir outside {dataset_dir}"
         )
-    training, validation = (choose(dataset_dir, val_subjects) for choose in (training_subjects, validation_subjects))
-    require_subjects([*training, *validation], dataset_dir, "train")
+    dataset = Dataset(dataset_dir)
+    training, validation = dataset.training(val_subjects), dataset.validation(val_subjects)
+    dataset.require([*training, *validation], "train")
     planned = [(subject, TRAINING_FOLDER, VALIDATION_FOLDER) for subject in training]
     planned += [(subject, VALIDATION_FOLDER, TRAINING_FOLDER) for subject in validation]
     for subject, folder, other_folder in planned:
-        if (other := output / other_folder / _file_of(subject)).exists():
+        if (other := output / other_folder / _file_name(subject)).exists():
             raise InputError(
-                f"{other}: is there already, and subject {subject['subject']} belongs in {folder} now; "
-                f"remove it, choose another --output_dir, or set --val_subjects as it was then"
+                f"{other}: already exists, but subject {subject['subject']} now belongs in {folder}; "
+                f"remove it, choose another --output_dir, or set --val_subjects as before"
             )
     for subject, folder, _ in tqdm(planned, desc="HDF5 files", unit="subject"):
         _write(subject, output / folder)
-    unlabeled = sum("label" not in subject for subject in find_subjects(dataset_dir))
+    unlabeled = sum("label" not in subject for subject in dataset.subjects)
     print(
         f"HDF5 files: {len(training)} for training in {output / TRAINING_FOLDER}, {len(validation)} for validation in "
         f"{output / VALIDATION_FOLDER}; {unlabeled} subjects without a label left out"

@@ -12,7 +12,7 @@ from scripts.errors import InputError, require_whole_numbers
 from scripts.files import made_already, whole_files
 from scripts.results.tables import markdown_table
 from scripts.synthesis.contrast import APPEARANCES, histogram_overlap, six_month_subject
-from scripts.synthesis.label_maps import _name, find_label_maps, read_label_map, require_different_names
+from scripts.synthesis.label_maps import find_label_maps, label_map_name, read_label_map, require_different_names
 from scripts.tissues import Tissue
 
 
@@ -24,30 +24,30 @@ def synthesize(
     seed: int = 0,
     names: str | Sequence[str] | None = None,
 ) -> None:
-    """Write a subject, T1, T2 and label, for each label map: 6-month contrast on the shape of that brain.
+    """Write subjects with T1, T2 and label from label maps: 6-month contrast on the shape of each brain.
 
-    A subject depends on the seed, its own name and draw only, and is called as the label map, with `-2` and so on added
-    to further draws. Files that are there already are kept. The overlaps of histograms that came out are printed.
+    A subject depends only on the seed, its name and its draw. It has the name of its label map, with `-2` and so on for
+    further draws. Existing files are kept. The command prints the histogram overlaps of new subjects.
 
     Args:
-        labels_dir: label maps of skull-stripped brains (0 background, 1 CSF, 2 GM, 3 WM, or as iSeg has them) of about
-            1 mm and the size of a 6-month-old's brain.
+        labels_dir: label maps of skull-stripped brains (0 background, 1 CSF, 2 GM, 3 WM, or iSeg's values), with voxels
+            of about 1 mm and brains of about the size at 6 months.
         output_dir: the folder to write to.
         contrast: 'nominal', 'varied' or 'patchwork', see `scripts.synthesis.contrast`.
-        draws: subjects that are made of each label map.
-        seed: for other images.
-        names: of the label maps to take, without suffix; all of them if not given.
+        draws: number of subjects per label map.
+        seed: selects the images.
+        names: label maps to use, without suffix; all by default.
 
     Raises:
-        InputError: a setting can't be, as `find_label_maps` and `read_label_map`, or a file of that name is there that
-            isn't the same subject.
+        InputError: a setting is out of range; as `find_label_maps` and `read_label_map`; or a file with one of the
+            names exists and isn't the same subject.
     """
     require_whole_numbers(1, draws=draws)
     require_whole_numbers(0, seed=seed)
     if contrast not in APPEARANCES:
         raise InputError(f"--contrast {contrast}: must be {', '.join(APPEARANCES)}")
     wanted = [(path, draw) for path in find_label_maps(labels_dir, names) for draw in range(draws)]
-    subjects = [_name(path) + (f"-{draw + 1}" if draw else "") for path, draw in wanted]
+    subjects = [label_map_name(path) + (f"-{draw + 1}" if draw else "") for path, draw in wanted]
     require_different_names([path for path, _ in wanted], subjects)
     rows = []
     for (path, draw), subject in tqdm(list(zip(wanted, subjects, strict=True)), desc="synthetic subjects"):
@@ -72,7 +72,7 @@ def synthesize(
 
 
 def _overlaps(volumes: dict[str, np.ndarray], label: np.ndarray) -> dict[str, float]:
-    """Overlaps of the histograms of two tissues each in T1 and T2."""
+    """Histogram overlaps of each pair of tissues in T1 and T2."""
     return {
         f"{kind} {first.name}/{second.name}": histogram_overlap(values[label == first], values[label == second])
         for kind, values in volumes.items()

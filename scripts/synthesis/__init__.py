@@ -1,1 +1,1 @@
-"""T1 and T2 made from label maps."""
+"""Label maps, and T1 and T2 synthesized from them."""

@@ -1,11 +1,11 @@
 """T1 and T2 with the contrast of a 6-month-old, made from a tissue label map.
 
-At that age grey and white matter overlap: the share of their intensity histograms that coincides is about 0.70 in T1
-and 0.87 in T2, and 0.36 between CSF and grey matter in both. Noise, texture, partial volume and bias field are drawn
-first, then the tissue means are set so that these overlaps are met on the subject at hand.
+At that age the intensity histograms of grey and white matter overlap by about 0.70 in T1 and 0.87 in T2, those of CSF
+and grey matter by 0.36 in both. Noise, texture, partial volume and bias field are drawn first. Then the tissue means
+are set so that the subject has these overlaps.
 
-White matter gets its adult contrast where it myelinates, first in the centre and last in the frontal and temporal
-lobes, so its distance from grey matter varies over the brain: `Myelination` says how.
+White matter gets its adult contrast with myelination, first in the centre and last in the frontal and temporal lobes.
+So its contrast to grey matter varies over the brain, see `Appearance.myelination`.
 """
 
 from collections.abc import Hashable, Mapping
@@ -24,14 +24,20 @@ from scripts.tissues import Tissue
 
 @dataclass(frozen=True)
 class Contrast:
-    """How one modality looks: histogram overlaps that it shall have, and the scale of its intensities.
+    """Contrast of one modality: the histogram overlaps to reach, and the scale of its intensities.
 
-    `csf_sign` and `wm_sign` say whether that tissue is brighter (1) or darker (-1) than grey matter. The three shares
-    are those of the variance within a tissue, 1 together. White noise alone would be averaged away by any smoothing, so
-    part of it is texture as fine as the cortex is thick, and part varies over `regional_mm`.
-
-    `blur` is the standard deviation in voxels of the partial volume, `bias` the largest coefficient of the bias field's
-    polynomials, `noise` a factor of the noise that comes after the means are set.
+    Attributes:
+        overlap_gm_wm, overlap_csf_gm: histogram overlaps.
+        csf_sign, wm_sign: whether the tissue is brighter (1) or darker (-1) than grey matter.
+        gm_mean: mean intensity of grey matter.
+        standard_deviation: of the intensities within a tissue.
+        noise_share, texture_share, regional_share: shares of the variance within a tissue, with sum 1. Smoothing
+            would remove white noise alone. So part of the variance is texture as fine as the cortex is thick, and part
+            varies over `regional_mm`.
+        regional_mm: smoothness of the regional part.
+        blur: standard deviation of the partial volume effect, in voxels.
+        bias: largest coefficient of the bias field's polynomials.
+        noise: factor of the noise, applied after the means are set.
     """
 
     overlap_gm_wm: float
@@ -49,20 +55,20 @@ class Contrast:
     noise: float = 1.0
 
 
-# of the variance over a region: what all tissues have in common, which leaves their contrast as it is
+# part of the regional variance that all tissues share; it leaves their contrast unchanged
 COMMON_SHARE = 0.7
 
-# those of the phantoms: as most of their spread is noise, and their folds are smooth
+# of the phantoms, whose folds are smooth: most of the variance is noise
 T1_CONTRAST = Contrast(0.70, 0.36, csf_sign=-1, wm_sign=1, gm_mean=235, standard_deviation=26)
 T2_CONTRAST = Contrast(0.87, 0.36, csf_sign=1, wm_sign=-1, gm_mean=303, standard_deviation=34)
 
-# those on real folds, where more of the spread is that of regions, as in scans
+# of label maps of real brains: more of the variance is regional, as in scans
 SHARES = {"noise_share": 0.30, "texture_share": 0.10, "regional_share": 0.60}
 NOMINAL_T1, NOMINAL_T2 = replace(T1_CONTRAST, **SHARES), replace(T2_CONTRAST, **SHARES)
 
 
 def histogram_overlap(first: np.ndarray, second: np.ndarray, bins: int = 100) -> float:
-    """Share that the histograms of two samples have in common: 1 where they are alike, 0 where they never meet.
+    """Return the overlap of the histograms of two samples, from 0 (disjoint) to 1 (equal).
 
     Args:
         first, second: intensities of two tissues, of any shape.
@@ -73,15 +79,15 @@ def histogram_overlap(first: np.ndarray, second: np.ndarray, bins: int = 100) ->
     return float(np.minimum(*shares).sum())
 
 
-def distance(overlap: float) -> float:
-    """Standard deviations that two normal distributions of like width are apart if they overlap that much."""
+def separation(overlap: float) -> float:
+    """Return by how many standard deviations two normal distributions of equal width and this overlap are apart."""
     return -2 * norm.ppf(np.clip(overlap, 0.01, 0.99) / 2)
 
 
 def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float) -> np.ndarray:
-    """Gaussian random field of mean 0 and standard deviation 1, smooth over `sigma` voxels.
+    """Return a Gaussian random field of mean 0 and standard deviation 1, smooth over `sigma` voxels.
 
-    Coarse fields are drawn on a coarse grid and interpolated, which is as smooth and many times faster.
+    Smooth fields are drawn on a coarse grid and interpolated, which is many times faster.
     """
     step = max(1.0, sigma / 2)
     coarse = [int(np.ceil(size / step)) for size in shape]
@@ -93,19 +99,19 @@ def smooth_noise(rng: np.random.Generator, shape: tuple[int, ...], sigma: float)
 
 
 def partial_volume(label: np.ndarray, sigma: float = 0.5) -> np.ndarray:
-    """Share of each tissue in each brain voxel after blurring, (voxels, 3); background takes no part."""
+    """Return the share of each tissue in each brain voxel after blurring, (voxels, 3); background doesn't count."""
     shares = [gaussian_filter((label == tissue).astype(np.float32), sigma)[label > 0] for tissue in Tissue]
     return np.stack(shares, axis=1) / np.sum(shares, axis=0)[:, None]
 
 
-class _Draw:
-    """All that is random in an image of a label map, drawn once, so that its means may still be set.
+class _RandomFields:
+    """The random parts of an image, drawn once; the tissue means are set afterwards.
 
     Args:
         label: tissue labels 0 to 3, (X, Y, Z).
-        contrast: the means are not taken from it.
-        rng: all that is random comes from here.
-        myelination: factor of the distance between WM and GM, (X, Y, Z).
+        contrast: its overlaps and signs, which set the means, are not used.
+        rng: the source of all randomness.
+        myelination: factor of the difference between WM and GM, (X, Y, Z).
     """
 
     def __init__(
@@ -115,9 +121,11 @@ class _Draw:
         brain = label > 0
         self.share = partial_volume(label, contrast.blur)
         self.texture = np.sqrt(contrast.texture_share) * smooth_noise(rng, label.shape, 1.0)[brain]
-        common, *own = (smooth_noise(rng, label.shape, contrast.regional_mm)[brain] for _ in range(1 + len(Tissue)))
+        common, *by_tissue = (
+            smooth_noise(rng, label.shape, contrast.regional_mm)[brain] for _ in range(1 + len(Tissue))
+        )
         regional = np.sqrt(COMMON_SHARE) * common
-        regional += np.sqrt(1 - COMMON_SHARE) * np.sum(self.share * np.stack(own, axis=1), axis=1)
+        regional += np.sqrt(1 - COMMON_SHARE) * np.sum(self.share * np.stack(by_tissue, axis=1), axis=1)
         self.texture += np.sqrt(contrast.regional_share) * regional
         self.white = self.share[:, 2] if myelination is None else self.share[:, 2] * myelination[brain]
         bias = RandBiasField(prob=1.0, degree=3, coeff_range=(-contrast.bias, contrast.bias))
@@ -127,7 +135,12 @@ class _Draw:
         self.noise_seed = int(rng.integers(2**31))
 
     def intensities(self, csf: float, wm: float, noise: float = 1.0) -> np.ndarray:
-        """Intensities of the brain's voxels, the means of CSF and WM that many standard deviations above GM's."""
+        """Return the intensities of the brain's voxels.
+
+        Args:
+            csf, wm: difference of the tissue's mean to that of GM, in standard deviations.
+            noise: factor of the noise.
+        """
         contrast = self.contrast
         clean = csf * self.share[:, 0] + wm * self.white + self.texture
         deviation = float(noise * np.sqrt(contrast.noise_share) * contrast.standard_deviation)
@@ -142,46 +155,46 @@ def six_month_image(
     myelination: np.ndarray | None = None,
     fit: bool = True,
 ) -> np.ndarray:
-    """One modality for a label map.
+    """Return an image of one modality for a label map.
 
     Args:
         label: tissue labels 0 to 3, (X, Y, Z).
-        contrast: the overlaps to be met, each to about 0.01.
-        rng: all that is random comes from here.
+        contrast: with the overlaps, which are reached to about 0.01.
+        rng: the source of all randomness.
         myelination: see `Appearance`.
-        fit: whether the overlaps are met on this subject; else the tissues are as far apart as normal distributions of
-            that overlap, and partial volume and myelination move them.
+        fit: whether the overlaps hold on this subject. Else the tissues are as far apart as normal distributions with
+            these overlaps, and partial volume and myelination change the overlaps.
 
     Returns:
-        int16 intensities in 1 to 1000 where label > 0, else 0, (X, Y, Z).
+        int16 intensities from 1 to 1000 where label > 0, else 0, (X, Y, Z).
     """
     result = np.zeros(label.shape, dtype=np.int16)
     box = find_objects((label > 0).view(np.uint8))[0]  # no work outside the brain's box
     tissue = label[box][label[box] > 0]
-    draw = _Draw(label[box], contrast, rng, None if myelination is None else myelination[box])
-    # partial volume with CSF shifts GM, so that WM may have to lie on the other side of pure GM: added, not multiplied
-    wanted = np.array([distance(contrast.overlap_csf_gm), distance(contrast.overlap_gm_wm)])
+    fields = _RandomFields(label[box], contrast, rng, None if myelination is None else myelination[box])
+    # corrections are added, not multiplied: partial volume with CSF shifts GM, so an offset may have to change its sign
+    wanted = np.array([separation(contrast.overlap_csf_gm), separation(contrast.overlap_gm_wm)])
     signs = np.array([contrast.csf_sign, contrast.wm_sign])
     offsets = wanted.copy()
     for _ in range(8 if fit else 0):
-        image = draw.intensities(*(signs * offsets))
+        image = fields.intensities(*(signs * offsets))
         gm = image[tissue == Tissue.GM]
         for i, other in enumerate((image[tissue == Tissue.CSF], image[tissue == Tissue.WM])):
-            right_side = np.sign(other.mean() - gm.mean()) * signs[i]
-            offsets[i] += wanted[i] - right_side * distance(histogram_overlap(gm, other))
-    image = draw.intensities(*(signs * offsets), contrast.noise) * rng.uniform(0.85, 1.15)
+            side = np.sign(other.mean() - gm.mean()) * signs[i]  # 1 where the tissue is on the right side of GM
+            offsets[i] += wanted[i] - side * separation(histogram_overlap(gm, other))
+    image = fields.intensities(*(signs * offsets), contrast.noise) * rng.uniform(0.85, 1.15)
     result[label > 0] = np.clip(np.rint(image), 1, 1000)
     return result
 
 
 @dataclass(frozen=True, eq=False)
 class Appearance:
-    """How a subject looks.
+    """Appearance of a subject.
 
     Attributes:
         t1, t2: the contrasts.
-        myelination: factor of the distance between WM and GM in both, (X, Y, Z): 1 on average, 0 where they look alike,
-            negative where the brighter of the two is the darker one.
+        myelination: factor of the difference between WM and GM in both, (X, Y, Z): 1 on average, 0 where both look
+            alike, negative where the contrast is reversed.
         fit: see `six_month_image`.
     """
 
@@ -192,48 +205,48 @@ class Appearance:
 
 
 def _position(shape: tuple[int, ...]) -> np.ndarray:
-    """Voxels right, in front and on top of the middle of the volume, (3, X, Y, Z)."""
+    """Coordinates in voxels from the middle of the volume to the right, the front and the top, (3, X, Y, Z)."""
     grid = np.meshgrid(*(np.arange(size, dtype=np.float32) - (size - 1) / 2 for size in shape), indexing="ij")
     return np.stack(grid)
 
 
 def nominal(label: np.ndarray, rng: np.random.Generator) -> Appearance:
-    """As the mean 6-month-old: the centre is myelinated, the frontal, temporal and occipital poles are hardly.
+    """Return the appearance of a typical 6-month-old: myelinated in the centre, hardly at the poles.
 
     Args:
         label: tissue labels 0 to 3 of a whole brain, (X, Y, Z), axes to the right, the front and the top.
-        rng: all that is random comes from here.
+        rng: the source of all randomness.
     """
     box = find_objects((label > 0).view(np.uint8))[0]
     half = np.float32([(side.stop - side.start) / 2 for side in box])
     middle = np.float32([(side.stop + side.start - 1) / 2 for side in box]) - (np.float32(label.shape) - 1) / 2
-    middle[1] -= 0.15 * half[1]  # the back is ahead of the front
+    middle[1] -= 0.15 * half[1]  # the back myelinates before the front
     position = (_position(label.shape) - middle[:, None, None, None]) / half[:, None, None, None]
-    outward = np.sqrt(np.sum(position**2, axis=0))
-    myelination = 1 + 0.6 * (1 - 2 * np.clip(outward, 0, 1)) + 0.15 * smooth_noise(rng, label.shape, 15.0)
+    radius = np.sqrt(np.sum(position**2, axis=0))
+    myelination = 1 + 0.6 * (1 - 2 * np.clip(radius, 0, 1)) + 0.15 * smooth_noise(rng, label.shape, 15.0)
     myelination /= myelination[label == Tissue.WM].mean()
     return Appearance(NOMINAL_T1, NOMINAL_T2, myelination, fit=True)
 
 
 def varied(label: np.ndarray, rng: np.random.Generator) -> Appearance:
-    """Of a wide family around the nominal one: contrast that varies in strength, with place and depth, and in sign.
+    """Return a random appearance around the nominal one: contrast varies in strength, in space, with depth and in sign.
 
     Args:
-        label: tissue labels 0 to 3 of a brain or a patch of one, (X, Y, Z).
-        rng: all that is random comes from here.
+        label: tissue labels 0 to 3 of a brain or a patch, (X, Y, Z).
+        rng: the source of all randomness.
     """
     depth = np.minimum(distance_transform_edt(label == Tissue.WM), 6).astype(np.float32) / 3 - 1
     direction = rng.standard_normal(3).astype(np.float32)
-    direction *= rng.uniform(0, 1) / np.linalg.norm(direction) / 50  # mm from the middle to the end of a brain
+    direction *= rng.uniform(0, 1) / np.linalg.norm(direction) / 50  # 50 mm from the middle to the end of a brain
     myelination = 1 + np.einsum("i,ixyz->xyz", direction, _position(label.shape))
     myelination += rng.uniform(0, 0.6) * smooth_noise(rng, label.shape, rng.uniform(8, 30))
     myelination += rng.uniform(-0.1, 0.5) * depth
     sign = rng.choice([1, -1], p=[0.85, 0.15])
 
-    def contrast(usual: Contrast, most_alike: float) -> Contrast:
+    def contrast(usual: Contrast, largest_overlap: float) -> Contrast:
         noise, texture, regional = rng.dirichlet([1.5, 1.0, 1.0])
         return Contrast(
-            overlap_gm_wm=rng.uniform(0.45, most_alike),
+            overlap_gm_wm=rng.uniform(0.45, largest_overlap),
             overlap_csf_gm=rng.uniform(0.10, 0.55),
             csf_sign=usual.csf_sign,
             wm_sign=usual.wm_sign * sign,
@@ -251,18 +264,18 @@ def varied(label: np.ndarray, rng: np.random.Generator) -> Appearance:
 
 
 def patchwork(label: np.ndarray, rng: np.random.Generator) -> Appearance:
-    """Never trained on: regions with edges, each with a strength of its own, the sign reversed in a third of them.
+    """Return an appearance unseen in training: regions with edges and random contrast, reversed in a third of them.
 
     Args:
         label: tissue labels 0 to 3 of a whole brain, (X, Y, Z).
-        rng: all that is random comes from here.
+        rng: the source of all randomness.
     """
     regions = 12
     brain = np.argwhere(label > 0)
     seeds = brain[rng.choice(len(brain), regions, replace=False)]
-    around = np.ones(label.shape, dtype=bool)
-    around[tuple(seeds.T)] = False
-    nearest = distance_transform_edt(around, return_distances=False, return_indices=True)
+    elsewhere = np.ones(label.shape, dtype=bool)
+    elsewhere[tuple(seeds.T)] = False
+    nearest = distance_transform_edt(elsewhere, return_distances=False, return_indices=True)
     number = np.zeros(label.shape, dtype=int)
     number[tuple(seeds.T)] = range(regions)
     strength = rng.uniform(0.5, 1.5, regions).astype(np.float32)
@@ -271,7 +284,7 @@ def patchwork(label: np.ndarray, rng: np.random.Generator) -> Appearance:
 
 
 def six_month_subject(label: np.ndarray, appearance: Appearance, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """T1 and T2 by these names, as `six_month_image`."""
+    """Return `T1` and `T2` of an appearance, each as `six_month_image`."""
     return {
         name: six_month_image(label, contrast, rng, appearance.myelination, appearance.fit)
         for name, contrast in (("T1", appearance.t1), ("T2", appearance.t2))
@@ -280,52 +293,52 @@ def six_month_subject(label: np.ndarray, appearance: Appearance, rng: np.random.
 
 APPEARANCES = {"nominal": nominal, "varied": varied, "patchwork": patchwork}
 
-# shares of the brain at 6 months: CSF, GM, WM
+# shares of CSF, GM and WM in the brain at 6 months
 _SHARES = np.float32([0.22, 0.47, 0.31])
 
 
 def normalized_patch(label: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """T1 and T2 of a patch of a label map, `varied` and normalised as its whole brain would be.
+    """Return T1 and T2 of a patch of a label map with `varied` contrast, normalised like a whole brain.
 
-    The mean and the spread of the whole brain are those expected of the shares of tissue at 6 months.
+    Mean and standard deviation of the whole brain are estimated from the tissue shares at 6 months.
 
     Args:
         label: tissue labels 0 to 3, (X, Y, Z).
-        rng: all that is random comes from here.
+        rng: the source of all randomness.
 
     Returns:
         float32 (2, X, Y, Z).
     """
     brain = label > 0
-    look = varied(label, rng)
-    # a patch lies anywhere between the ends of a brain
-    myelination = look.myelination + rng.uniform(-0.8, 0.8)
+    appearance = varied(label, rng)
+    # a patch may lie anywhere in a brain, and `varied` centres its gradient on the patch
+    myelination = appearance.myelination + rng.uniform(-0.8, 0.8)
     result = np.empty((2, *label.shape), dtype=np.float32)
-    for values, contrast in zip(result, (look.t1, look.t2), strict=True):
-        csf = contrast.csf_sign * distance(contrast.overlap_csf_gm)
-        wm = contrast.wm_sign * distance(contrast.overlap_gm_wm)
+    for values, contrast in zip(result, (appearance.t1, appearance.t2), strict=True):
+        csf = contrast.csf_sign * separation(contrast.overlap_csf_gm)
+        wm = contrast.wm_sign * separation(contrast.overlap_gm_wm)
         means = np.float32([csf, 0, wm])
         mean = float(_SHARES @ means)
         spread = float(np.sqrt(1 + _SHARES @ (means - mean) ** 2)) * rng.uniform(0.9, 1.1)
         gm_level = contrast.gm_mean / contrast.standard_deviation
         values[...] = -(gm_level + mean) / spread
         if brain.any():
-            intensities = _Draw(label, contrast, rng, myelination).intensities(csf, wm)
+            intensities = _RandomFields(label, contrast, rng, myelination).intensities(csf, wm)
             values[brain] = (intensities / contrast.standard_deviation - gm_level - mean) / spread
     return result
 
 
 class RandSixMonthImaged(RandomizableTransform, MapTransform):
-    """Replace the image of a patch by a synthetic one of its label, new at each draw: see `normalized_patch`.
+    """Replace the image of a patch by a new synthetic image of its label, see `normalized_patch`.
 
     Args:
         keys: the image, (2, X, Y, Z).
         label_key: its label, 0 to 3, (1, X, Y, Z).
-        prob: share of the patches that are replaced.
+        prob: share of patches that are replaced.
         allow_missing_keys: whether an image may be missing.
 
     Raises:
-        InputError: `prob`, which is the setting synthetic_share, isn't from 0 to 1.
+        InputError: `prob`, the setting synthetic_share, isn't from 0 to 1.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Tissue label maps, from which images are made."""
+"""Tissue label maps, from which images are synthesized."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from scripts.errors import InputError
 from scripts.tissues import Tissue, tissue_labels
 
 SUFFIXES = (".nii.gz", ".nii", ".hdr")
-# voxel sides in mm between which the smoothness of noise, texture and myelination, which is in voxels, makes sense
+# range of voxel sides in mm for which noise, texture and myelination are plausible; their smoothness is set in voxels
 VOXEL_SIDES = (0.7, 1.5)
 
 
@@ -22,7 +22,7 @@ class LabelMap:
     """A tissue label map.
 
     Attributes:
-        name: that of its file, without suffix.
+        name: its file name without suffix.
         label: uint8 0 background, 1 CSF, 2 GM, 3 WM, (X, Y, Z), axes to the right, the front and the top.
         affine: 4 x 4, from voxels to RAS mm.
     """
@@ -50,38 +50,41 @@ def read_label_map(path: str | Path) -> LabelMap:
     if sides.min() < VOXEL_SIDES[0] or sides.max() > VOXEL_SIDES[1]:
         raise InputError(f"{path}: voxels of {' x '.join(f'{side:g}' for side in sides)} mm; resample it to 1 mm")
     image = nib.as_closest_canonical(nib.Nifti1Image(label, affine))
-    return LabelMap(_name(path), np.asarray(image.dataobj), image.affine)
+    return LabelMap(label_map_name(path), np.asarray(image.dataobj), image.affine)
 
 
-def _name(path: Path) -> str:
+def label_map_name(path: Path) -> str:
+    """Return the file name without its suffix, one of SUFFIXES."""
     return path.name.removesuffix(next(suffix for suffix in SUFFIXES if path.name.endswith(suffix)))
 
 
 def find_label_maps(labels_dir: str, names: str | Sequence[str] | None = None) -> list[Path]:
-    """The label maps in a folder, by name.
+    """Return the label maps in a folder, sorted by name.
 
     Args:
         labels_dir: the folder.
-        names: of those to take, without suffix; all of them if not given.
+        names: label maps to return, without suffix; all by default.
 
     Raises:
-        InputError: there is none, or two have one name, or one of the names has none.
+        InputError: the folder has no label map, two with one name, or none with one of the names.
     """
     paths = sorted(path for path in Path(labels_dir).glob("*") if path.name.endswith(SUFFIXES) and path.name[0] != ".")
     if not paths:
         raise InputError(f"{labels_dir}: has no label map ({', '.join(SUFFIXES)}); name the folder that holds them")
-    there = [_name(path) for path in paths]
-    require_different_names(paths, there)
+    available = [label_map_name(path) for path in paths]
+    require_different_names(paths, available)
     if names is None:
         return paths
     wanted = [str(name) for name in ensure_tuple(names)]
-    if missing := sorted(set(wanted) - set(there)):
-        raise InputError(f"--names {', '.join(missing)}: no such label map in {labels_dir}; it has {', '.join(there)}")
-    return [path for path, name in zip(paths, there, strict=True) if name in wanted]
+    if missing := sorted(set(wanted) - set(available)):
+        raise InputError(
+            f"--names {', '.join(missing)}: no such label map in {labels_dir}; it has {', '.join(available)}"
+        )
+    return [path for path, name in zip(paths, available, strict=True) if name in wanted]
 
 
 def require_different_names(paths: list[Path], names: list[str]) -> None:
-    """Refuse label maps of which two would have one name."""
+    """Raise InputError if two label maps would have one name."""
     for path, name in zip(paths, names, strict=True):
         if names.count(name) > 1:
             raise InputError(f"{path}: another label map would be called {name} too; rename one")

@@ -1,4 +1,8 @@
-"""Brains that are made of formulas alone."""
+"""Procedural 6-month brains: tissue label maps with folds, ventricles, deep nuclei and cerebellum.
+
+All lengths are millimetres on a 1 mm grid. The axes are those of an iSeg file: x from right to left, y from back to
+front, z from bottom to top; the origin is the middle of the cerebrum.
+"""
 
 import numpy as np
 from scipy.ndimage import distance_transform_edt, map_coordinates
@@ -7,11 +11,11 @@ from scripts.synthesis.contrast import smooth_noise
 from scripts.tissues import Tissue
 
 VOLUME_SHAPE = (144, 192, 256)
-BRAIN_SHAPE = (128, 164, 136)  # the part of the volume that a brain lies in
-CEREBRUM = (53.0, 67.0, 56.0)  # half axes; the lower half is flatter
-CEREBRUM_LOWER = 42.0
+BRAIN_SHAPE = (128, 164, 136)  # the part of the volume that holds the brain
+CEREBRUM = (53.0, 67.0, 56.0)  # half axes
+CEREBRUM_LOWER = 42.0  # half axis downwards: the lower half is flatter
 
-# (centre, half axes) of ellipsoids; those with x != 0 stand on both sides
+# (centre, half axes) of ellipsoids; those with x != 0 lie on both sides
 VENTRICLES = (
     ((9, 22, 8), (4.5, 12, 6)),  # frontal horns
     ((11, -2, 14), (4.5, 20, 5)),  # bodies
@@ -31,35 +35,35 @@ CEREBELLUM = ((0, -36, -34), (40, 25, 20))
 
 
 def _ellipsoid(position: np.ndarray, centre: tuple[float, ...], half_axes: tuple[float, ...]) -> np.ndarray:
-    """Level set that is 1 on the ellipsoid, less inside; mirrored in x where the centre isn't on the midline."""
+    """A field that is 1 on the ellipsoid and less inside; mirrored in x if the centre isn't on the midline."""
     x = np.abs(position[0]) if centre[0] else position[0]
     coordinates = (x, position[1], position[2])
     return sum(((p - c) / a) ** 2 for p, c, a in zip(coordinates, centre, half_axes, strict=True))
 
 
 def _sheets(field: np.ndarray) -> np.ndarray:
-    """Voxels where the field changes sign towards a neighbour: thin sheets."""
+    """Thin sheets: the voxels at which the field changes its sign towards a neighbour."""
     positive = field > 0
     return np.logical_or.reduce([positive != np.roll(positive, 1, axis) for axis in range(3)])
 
 
 def _folds(rng: np.random.Generator, position: np.ndarray, wavelength: float) -> np.ndarray:
-    """Sheets that stand upright on the surface, about half a wavelength apart, meandering like sulci."""
+    """Meandering sheets like sulci, perpendicular to the surface, about half a wavelength apart."""
     noise = smooth_noise(rng, (64, 64, 64), wavelength / 8)  # a grid of 2 mm
     radius = np.sqrt(_ellipsoid(position, (0, 0, 0), CEREBRUM)) + 1e-3
-    # almost the same field at every depth, so that its zeros go straight down
+    # the field hardly changes with depth, so its zeros go straight down
     direction = position / radius * (0.85 + 0.15 * radius)
     return _sheets(map_coordinates(noise, direction / 2 + 32, order=1, mode="wrap"))
 
 
 def label_map(rng: np.random.Generator) -> np.ndarray:
-    """Tissue labels of one brain.
+    """Return the tissue labels of one brain.
 
     Returns:
-        uint8 0 background, 1 CSF, 2 GM, 3 WM, (144, 192, 256). The brain has about 740 to 850 ml, of which, in
-        percent, CSF 20 to 24, GM 45 to 49 and WM the rest.
+        uint8 0 background, 1 CSF, 2 GM, 3 WM, (144, 192, 256). The brain has about 740 to 850 ml: 20 to 24 % CSF,
+        45 to 49 % GM, and the rest WM.
     """
-    # own proportions and smooth deformation, so that no two brains are alike
+    # random proportions and a smooth deformation, so that no two brains are alike
     position = np.indices(BRAIN_SHAPE, dtype=np.float32)
     position -= np.float32([64, 82, 71])[:, None, None, None]
     proportions = rng.uniform(0.96, 1.04, 3)
@@ -92,7 +96,7 @@ def label_map(rng: np.random.Generator) -> np.ndarray:
     ventricles = np.logical_or.reduce([_ellipsoid(position, *ventricle) < 1 for ventricle in VENTRICLES])
     tissue[nuclei & brain] = Tissue.GM
     tissue[ventricles & brain] = Tissue.CSF
-    # CSF fills the gaps and covers the brain, the cortex lines it: both as thick as their share of the brain asks
+    # CSF fills the gaps and covers the brain, and the cortex lines it; the tissue shares set their thickness
     ribbon = brain & ~ventricles & ~nuclei & ~(brain_stem & ~cerebrum)
     distance = distance_transform_edt(brain & ~gaps) + 0.3 * smooth_noise(rng, BRAIN_SHAPE, 2.0)
     outermost = np.sort(distance[ribbon])
