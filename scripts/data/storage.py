@@ -12,7 +12,7 @@ import platform
 import re
 import shutil
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from datetime import datetime
 from fnmatch import fnmatchcase
@@ -84,20 +84,6 @@ def is_url(folder: str) -> bool:
     return "://" in str(folder)
 
 
-def local_dataset(folder: str, cache_dir: str) -> str:
-    """Return the local path of a dataset's folder, see `Folders`."""
-    return Folders(folder, ".", None, cache_dir).dataset
-
-
-def local_results(folder: str, cache_dir: str, names: Sequence[str]) -> str:
-    """Return the local path of a folder of results or checkpoints, into which files that fit `names` are copied."""
-    if not is_url(folder):
-        return folder
-    stored = StoredFolder(folder, cache_dir, "results")
-    stored.copy_in(names)
-    return str(stored.local)
-
-
 def without_credentials(text: str) -> str:
     """Return a URL, or a text with URLs, without user names and passwords."""
     return re.sub(r"://[^@]*:.*@|://[^/@]*@", "://", text)
@@ -152,12 +138,10 @@ class StoredFolder:
         with FileLock(self.local / LOCK):
             (self.local / ARRIVING).unlink(missing_ok=True)  # of a killed process
             there = self._try(self._list)
-            if patterns is None and not there:
-                raise StorageError(f"{self.url}: no such folder, or nothing in it; check the name")
-            if patterns is None:
-                wanted = needed_files(there)
-            else:
+            if patterns is not None:
                 wanted = {name for name in there if any(fnmatchcase(name, pattern) for pattern in patterns)}
+            elif not (wanted := needed_files(there)):
+                raise StorageError(f"{self.url}: no such folder, or no dataset in it; check the name")
             record, kept = self._read_record(), {}
             for name, state in self._local_files().items():
                 path, entry = self.local / name, record.get(name, {})

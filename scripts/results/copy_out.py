@@ -2,13 +2,12 @@
 
 import logging
 import os
-from collections.abc import Sequence
 from concurrent import futures
 
 from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
-from scripts.data.storage import Folders, StorageError, StoredFolder, is_url
+from scripts.data.storage import Folders, StorageError
 from scripts.results.writers import BackgroundWriter
 
 logger = logging.getLogger(__name__)
@@ -27,12 +26,8 @@ class CopyOut:
         StorageError: files can't be copied when the engine starts or ends.
     """
 
-    def __init__(self, folders: Folders | Sequence[str], cache_dir: str = "") -> None:
-        if isinstance(folders, Folders):
-            self.folders = folders.remote
-        else:
-            urls = dict.fromkeys(folder.rstrip("/") for folder in folders if is_url(folder))
-            self.folders = tuple(StoredFolder(url, cache_dir, "results") for url in urls)
+    def __init__(self, folders: Folders) -> None:
+        self.folders = folders.remote
 
     def attach(self, engine: Engine) -> None:
         # the processes on a machine share the copy, so one of them copies
