@@ -1,1 +1,1 @@
-"""What a run leaves behind for each subject and for all."""
+"""What a run writes, per subject and for all subjects."""

@@ -1,20 +1,19 @@
-"""Where the results of a subject go."""
+"""Paths of a subject's results."""
 
 from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
-# `desc` of our results
-DESC = "skipdenseseg"
+DESC = "skipdenseseg"  # BIDS entity `desc` of our results
 
 
 def derivative_path(anat: str, subject: str, what: str, suffix: str) -> PurePath:
-    """Path of a result from the derivative dataset on.
+    """Return the path of a result within the derivative dataset.
 
     Args:
-        anat: folder of the scans from their dataset on, as in `BidsSubject`.
+        anat: the folder of the scans within their dataset, as in `BidsSubject`.
         subject: the id.
-        what: 'label', 'probability-csf', '-gm' or '-wm', or 'uncertainty', for which BIDS has no name of its own.
+        what: 'label', 'probability-csf', '-gm', '-wm', or 'uncertainty', for which BIDS has no name.
         suffix: '.nii.gz' or '.nii'; a '.png' goes to the folder `figures` beside `anat`.
     """
     if what.startswith("probability-"):
@@ -26,12 +25,12 @@ def derivative_path(anat: str, subject: str, what: str, suffix: str) -> PurePath
 
 
 def result_path(output_dir: str | Path, item: Mapping[str, Any], what: str, suffix: str) -> Path:
-    """Where a result of a subject goes; that of a BIDS subject as `scripts.results.paths.derivative_path` has it.
+    """Return the path of a subject's result; for a BIDS subject that of `derivative_path`.
 
     Args:
         output_dir: the folder of the results.
-        item: the subject, as `segmented_subjects` gives it; one of a BIDS dataset has `anat` as well.
-        what: what it shows: 'label', 'scored' and so on.
+        item: the subject, see `segmented_subjects`; a BIDS subject also has `anat`.
+        what: 'label', 'scored' and so on.
         suffix: '.nii.gz', '.nii', '.hdr' or '.png'.
     """
     if "anat" in item:

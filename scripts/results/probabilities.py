@@ -1,7 +1,8 @@
-"""Probability of each tissue, and how uncertain the label is: transforms, and the files for those who ask for them."""
+"""Tissue probabilities and the uncertainty of the label: transforms, and handlers that write them on request."""
 
 import math
 from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from monai.utils import convert_to_dst_type
 
 from scripts.results.label_images import write_map
 from scripts.results.paths import result_path
+from scripts.results.sidecars import write_sidecar
 from scripts.results.writers import BackgroundWriter
 from scripts.tissues import Tissue
 
@@ -18,7 +20,7 @@ class Probabilitiesd(Transform):
     """Add the class probabilities, `probabilities`, to a dict with `pred` and `t1` on the subject's own grid.
 
     Shapes: `pred`, logits (4, X, Y, Z), and `t1`, intensities (1, X, Y, Z), both unchanged -> float32 (4, X, Y, Z) from
-    0 to 1, which sum to 1 over the classes. Where T1 is 0 it is background for certain, as in the label.
+    0 to 1 that sum to 1 over the classes. Where T1 is 0, background has probability 1, as in the label.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -30,12 +32,12 @@ class Probabilitiesd(Transform):
 
 
 class PredictiveEntropyd(Transform):
-    """Add how uncertain the label is, `uncertainty`, to a dict with `probabilities` by `Probabilitiesd`.
+    """Add the uncertainty of the label, `uncertainty`, to a dict with `probabilities` by `Probabilitiesd`.
 
-    It is the entropy of the class probabilities, which here are a mean over networks, mirror images or dropout samples,
-    divided by that of four equal ones: 0 where one class has probability 1, so outside the brain too; 0.5 where two
-    classes are equally probable and the others impossible; 1 where all four are equally probable. It grows both where
-    the scan leaves the tissue open and where those that are averaged disagree.
+    It is the entropy of the class probabilities, divided by the entropy of four equal ones. The probabilities are a
+    mean over networks, mirror images or dropout samples. The uncertainty is 0 where one class has probability 1, hence
+    outside the brain too; 0.5 where two classes are equally probable and the others impossible; 1 where all four are
+    equally probable. It grows where the scan is ambiguous and where the averaged predictions disagree.
 
     Shapes: (4, X, Y, Z) -> float32 (1, X, Y, Z).
     """
@@ -48,9 +50,9 @@ class PredictiveEntropyd(Transform):
 
 
 class ProbabilitySaver(BackgroundWriter):
-    """Handler that writes each subject's `probabilities` of CSF, GM and WM, a NIfTI file each, by `write_map`.
+    """Handler that writes the `probabilities` of CSF, GM and WM per subject, a NIfTI file each.
 
-    The files are `subject-<id>-probability-csf.nii.gz`, `-gm` and `-wm`; what they lack to 1 is that of background.
+    The files are `subject-<id>-probability-csf.nii.gz`, `-gm` and `-wm`; background has the rest to 1.
 
     Args:
         output_dir: the folder to write to.
@@ -60,12 +62,11 @@ class ProbabilitySaver(BackgroundWriter):
 
     def write(self, item: dict[str, Any]) -> None:
         for tissue in Tissue:
-            path = result_path(self.output_dir, item, f"probability-{tissue.name.lower()}", ".nii.gz")
-            write_map(path, item["probabilities"][tissue].cpu().numpy(), item["t1"].meta["filename_or_obj"])
+            _save_map(self.output_dir, item, f"probability-{tissue.name.lower()}", item["probabilities"][tissue])
 
 
 class UncertaintySaver(BackgroundWriter):
-    """Handler that writes each subject's `uncertainty` as `subject-<id>-uncertainty.nii.gz`, by `write_map`.
+    """Handler that writes the `uncertainty` per subject as `subject-<id>-uncertainty.nii.gz`.
 
     Args:
         output_dir: the folder to write to.
@@ -74,5 +75,10 @@ class UncertaintySaver(BackgroundWriter):
     what = "uncertainty"
 
     def write(self, item: dict[str, Any]) -> None:
-        path = result_path(self.output_dir, item, "uncertainty", ".nii.gz")
-        write_map(path, item["uncertainty"][0].cpu().numpy(), item["t1"].meta["filename_or_obj"])
+        _save_map(self.output_dir, item, "uncertainty", item["uncertainty"][0])
+
+
+def _save_map(output_dir: Path, item: Mapping[str, Any], what: str, values: torch.Tensor) -> None:
+    path = result_path(output_dir, item, what, ".nii.gz")
+    write_map(path, values.cpu().numpy(), item["t1"].meta["filename_or_obj"])
+    write_sidecar(path, item, what)

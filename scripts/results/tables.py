@@ -9,7 +9,7 @@ from scripts.files import whole_files
 
 
 class _TabSeparated(csv.excel_tab):
-    """TSV as BIDS has it."""
+    """TSV as BIDS defines it."""
 
     lineterminator = "\n"
 
@@ -19,13 +19,13 @@ def _dialect(path: str | Path) -> type[csv.Dialect]:
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a CSV or, by its name, TSV file with a header line."""
+    """Read the rows of a CSV file with a header line; a `.tsv` is read as TSV."""
     with Path(path).open(newline="") as file:
         return list(csv.DictReader(file, dialect=_dialect(path)))
 
 
 def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write rows of like keys as a CSV or, by its name, TSV file with a header line."""
+    """Write rows with the same keys as a CSV file with a header line; a `.tsv` is written as TSV."""
     path = Path(path)
     with whole_files(path.parent) as temporary, (temporary / path.name).open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]), dialect=_dialect(path))
@@ -34,7 +34,7 @@ def write_csv(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a Markdown table; columns in order of appearance."""
+    """Return rows as a Markdown table, with the columns in order of appearance."""
     columns = list(dict.fromkeys(name for row in rows for name in row))
 
     def cell(value: Any) -> str:

@@ -1,4 +1,4 @@
-"""The base of the handlers that write something of each subject."""
+"""The base of the handlers that write something per subject."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -11,28 +11,28 @@ from ignite.engine import Engine, Events
 
 
 def segmented_subjects(engine: Engine) -> Iterator[dict[str, Any]]:
-    """What an evaluator has at hand of each subject of its present batch, for handlers at ITERATION_COMPLETED.
+    """Yield what an evaluator has of each subject of the current batch, for handlers at ITERATION_COMPLETED.
 
     Yields:
         A dict with `subject` (id), `t1` (intensities), `pred` and `label` (0 background, 1 CSF, 2 GM, 3 WM), the three
-        as MetaTensor (1, X, Y, Z) on the grid of the T1 file; `label` is None or missing where there is none. Where
-        asked for also `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z), see `scripts.results.probabilities`.
+        as MetaTensor (1, X, Y, Z) on the grid of the T1 file. Without a label, `label` is None or missing. On request
+        also `probabilities` (4, X, Y, Z) and `uncertainty` (1, X, Y, Z), see `scripts.results.probabilities`.
     """
     for batch, output in zip(engine.state.batch, engine.state.output, strict=True):
         yield {**batch, **output}
 
 
 class BackgroundWriter(ABC):
-    """Handler that writes something of each subject in a thread, while the next subject is computed.
+    """Handler that writes something per subject in a thread while the network computes the next subject.
 
-    At most one subject waits to be written. What goes wrong in the thread is raised at the next subject or at the end.
+    At most one subject waits to be written. An error in the thread is raised at the next subject or at the end.
 
     Args:
         output_dir: the folder to write to.
     """
 
-    writing: ClassVar[WeakSet[Future[None]]] = WeakSet()  # of all these handlers
-    what: ClassVar[str] = ""  # what the folder holds then, if that is to be said at the end
+    writing: ClassVar[WeakSet[Future[None]]] = WeakSet()  # of all handlers of this kind
+    what: ClassVar[str] = ""  # what was written, printed at the end unless empty
 
     def __init__(self, output_dir: str) -> None:
         self.output_dir = Path(output_dir)
@@ -56,4 +56,4 @@ class BackgroundWriter(ABC):
 
     @abstractmethod
     def write(self, item: dict[str, Any]) -> None:
-        """Write what belongs to one subject, given as by `segmented_subjects`."""
+        """Write the results of one subject, see `segmented_subjects`."""

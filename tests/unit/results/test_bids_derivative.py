@@ -15,14 +15,16 @@ from helpers import ROOT
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from scripts.data.subjects import left_out_subjects, subjects_to_segment
+from scripts.data.subjects import Dataset
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 from scripts.files import whole_files
-from scripts.results.bids_derivative import DESCRIPTIONS, LABELS, BidsDerivative, source_link, volume_table
+from scripts.results.bids_derivative import LABELS, BidsDerivative, source_link, volume_table
 from scripts.results.label_images import LabelSaver
 from scripts.results.metrics import VolumeTable
 from scripts.results.paths import result_path
+from scripts.results.probabilities import ProbabilitySaver, UncertaintySaver
+from scripts.results.sidecars import DESCRIPTIONS
 from scripts.results.tables import read_csv
 from scripts.results.writers import BackgroundWriter
 from scripts.tissues import Tissue
@@ -55,23 +57,19 @@ def errors(dataset: Path) -> set[tuple[str, str]]:
     return {(issue["code"], issue["location"]) for issue in issues if issue["severity"] == "error"}
 
 
-class MapSaver(BackgroundWriter):
-    """Writes maps of probability and uncertainty where all handlers put what they write."""
+class PictureStub(BackgroundWriter):
+    """Writes a file where PictureSaver puts its picture, in less time."""
 
     def write(self, item: dict[str, Any]) -> None:
-        for what in DESCRIPTIONS:
-            path = result_path(self.output_dir, item, what, ".png" if what == "label" else ".nii.gz")
-            with whole_files(path.parent) as temporary:
-                if what == "label":
-                    (temporary / path.name).write_bytes(b"a picture")
-                else:
-                    image = nib.Nifti1Image(np.full((6, 7, 8), 0.5, np.float32), np.eye(4))
-                    nib.save(image, temporary / path.name)
+        path = result_path(self.output_dir, item, "label", ".png")
+        with whole_files(path.parent) as temporary:
+            (temporary / path.name).write_bytes(b"a picture")
 
 
 def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".nii.gz", source: str = "") -> None:
     """What inference does with the subjects of a dataset, the network aside."""
-    chosen = subjects_to_segment(str(dataset), subjects)
+    found = Dataset(str(dataset))
+    chosen = found.to_segment(subjects)
     engine = Engine(lambda engine, batch: None)
 
     @engine.on(Events.ITERATION_COMPLETED)
@@ -79,20 +77,23 @@ def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".n
         subject = LoadSubjectd()(chosen[engine.state.iteration - 1])
         values = torch.arange(subject["t1"].numel()).remainder(4).reshape(subject["t1"].shape).to(torch.uint8)
         engine.state.batch = [subject]
-        engine.state.output = [{"pred": MetaTensor(values, affine=subject["t1"].affine)}]
+        maps = {"probabilities": torch.full((4, 6, 7, 8), 0.25), "uncertainty": torch.ones(1, 6, 7, 8)}
+        engine.state.output = [{"pred": MetaTensor(values, affine=subject["t1"].affine)} | maps]
 
     handlers = [
-        LabelSaver(str(output), suffix),
-        MapSaver(output),
-        volume_table(str(output), chosen),
         BidsDerivative(
             str(output),
             str(dataset),
             source or source_link(str(dataset), str(output)),
             chosen,
-            left_out_subjects(str(dataset), subjects),
+            found.reasons_left_out(subjects),
             suffix,
         ),
+        volume_table(str(output), chosen),
+        LabelSaver(str(output), suffix),
+        ProbabilitySaver(str(output)),
+        UncertaintySaver(str(output)),
+        PictureStub(str(output)),
     ]
     for handler in handlers:
         handler.attach(engine)
