@@ -1,1 +1,1 @@
-"""report.html: what a person looks at to judge a run."""
+"""report.html: the page, its pictures, plots and warnings."""

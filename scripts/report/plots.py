@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+from tensorboard.backend.event_processing.event_accumulator import SCALARS, EventAccumulator
 
 from scripts.report.warnings import usual_range
 from scripts.results.pictures import TISSUE_COLORS
 from scripts.tissues import Tissue
 
-# names of TensorBoard's curves
+# tags of TensorBoard
 TRAINING_LOSS = "train_loss"
 VALIDATION_DICE = {
     "val_mean_dice": "mean",
@@ -21,18 +21,16 @@ VALIDATION_DICE = {
 
 
 def training_history(folder: Path) -> dict[str, dict[int, float]]:
-    """What the TensorBoard logs in a folder say of the last training, by name and epoch or step.
+    """Read the last training from the TensorBoard logs in a folder: values by name and by epoch or step.
 
-    Of a training that was stopped and gone on with it is the whole, of several that began anew the last one.
+    The logs of a training that was stopped and resumed are joined; an earlier training is dropped.
     """
     history: dict[str, dict[int, float]] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
-        own: dict[str, dict[int, float]] = {}
-        for event in LegacyEventFileLoader(str(path)).Load():
-            for value in event.summary.value:
-                if value.HasField("simple_value") and value.tag in (TRAINING_LOSS, *VALIDATION_DICE):
-                    own.setdefault(value.tag, {})[event.step] = value.simple_value
-        # the loss alone says where a log begins: what training starts from may be validated as epoch 1, wherever it is
+        log = EventAccumulator(str(path), {SCALARS: 0}).Reload()  # 0: keep all
+        tags = {TRAINING_LOSS, *VALIDATION_DICE} & {*log.Tags()[SCALARS]}
+        own = {tag: {event.step: event.value for event in log.Scalars(tag)} for tag in tags}
+        # only the loss says where a log begins: the network to resume from may be validated as epoch 1 in any log
         if first := min(own.get(TRAINING_LOSS, ()), default=0):
             for tag in {*history, *own}:
                 earlier = {step: value for step, value in history.get(tag, {}).items() if step < first}
@@ -42,11 +40,11 @@ def training_history(folder: Path) -> dict[str, dict[int, float]]:
 
 
 def learning_curves(history: Mapping[str, Mapping[int, float]]) -> Figure:
-    """The loss of each epoch and the Dice of each validation, as `training_history` gives them."""
+    """Plot the loss of each epoch and the Dice of each validation, see `training_history`."""
     figure = Figure(figsize=(9, 3), layout="constrained")
     loss, dice = figure.subplots(1, 2)
     steps = history.get(TRAINING_LOSS, {})
-    loss.plot(list(steps), list(steps.values()), color="black", marker=".")  # seen even if there is one epoch
+    loss.plot(list(steps), list(steps.values()), color="black", marker=".")  # a marker shows even a single epoch
     loss.set(xlabel="epoch", ylabel="training loss")
     for (tag, name), marker in zip(VALIDATION_DICE.items(), "osD^", strict=True):
         steps = history.get(tag, {})
@@ -61,11 +59,11 @@ def learning_curves(history: Mapping[str, Mapping[int, float]]) -> Figure:
 
 
 def box_plots(panels: Mapping[str, Mapping[str, Sequence[float]]], ranges: bool = False) -> Figure:
-    """A panel for each measure with a box for each tissue, and a point for each subject.
+    """Plot a panel per measure with a box per tissue and a point per subject.
 
     Args:
-        panels: by the title of the measure, values by the name of the tissue; what isn't finite is left out.
-        ranges: whether the measure is a volume, beside which the usual one at 6 months is drawn.
+        panels: by title of the measure, values by name of the tissue; values that aren't finite are skipped.
+        ranges: whether to draw the usual range at 6 months beside each box; for volumes.
     """
     figure = Figure(figsize=(9 if len(panels) > 1 else 5, 3), layout="constrained")
     for axis, (title, by_tissue) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
@@ -74,11 +72,11 @@ def box_plots(panels: Mapping[str, Mapping[str, Sequence[float]]], ranges: bool 
             finite.values(), tick_labels=finite, showfliers=False, widths=0.5, patch_artist=True,
             medianprops={"color": "black", "linewidth": 2},
         )  # fmt: skip
-        for place, (box, (tissue, values)) in enumerate(zip(boxes["boxes"], finite.items(), strict=True), start=1):
+        for position, (box, (tissue, values)) in enumerate(zip(boxes["boxes"], finite.items(), strict=True), start=1):
             box.set_facecolor(TISSUE_COLORS[Tissue[tissue]])
-            axis.plot(np.linspace(place - 0.15, place + 0.15, len(values) + 2)[1:-1], values, "k.", markersize=4)
+            axis.plot(np.linspace(position - 0.15, position + 0.15, len(values) + 2)[1:-1], values, "k.", markersize=4)
             if ranges:
                 low, high = usual_range(Tissue[tissue])
-                axis.plot([place + 0.38] * 2, [low, high], color="#555555", linewidth=4, solid_capstyle="butt")
+                axis.plot([position + 0.38] * 2, [low, high], color="#555555", linewidth=4, solid_capstyle="butt")
         axis.set_title(title)
     return figure

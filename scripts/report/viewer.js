@@ -1,11 +1,11 @@
 "use strict";
-// The viewers of report.html: three planes through T1 and T2 with outlines, errors and uncertainty laid over.
+// The viewers of report.html: three planes through T1 and T2 under outlines, errors and uncertainty.
 
 const CONSTANTS = JSON.parse(document.getElementById("constants").textContent);
-const SCALE = 4; // pixels of a canvas for a voxel, even so that lines are sharp
+const SCALE = 4; // canvas pixels per voxel; an even number keeps lines sharp
 const SCANS = ["t1", "t2"];
-// axes (0 right, 1 front, 2 top) of each plane: across and up the picture, and the one the slider moves along;
-// across runs from right to left but in the sagittal plane
+// axes (0 right, 1 front, 2 top) of each plane: across and up the picture, and along the slider's direction;
+// mirrored: the picture shows the subject's right on the left
 const PLANES = [
   { across: 0, up: 1, along: 2, mirrored: true },
   { across: 0, up: 2, along: 1, mirrored: true },
@@ -16,7 +16,7 @@ function rgb(color) {
   return [1, 3, 5].map((start) => parseInt(color.slice(start, start + 2), 16));
 }
 
-// the volume (right, front, top) from a picture that has its axial slices side by side
+// the volume (right, front, top) from a picture with its axial slices side by side
 function volume(image, [width, depth, height]) {
   const columns = Math.ceil(Math.sqrt((height * depth) / width));
   const canvas = document.createElement("canvas");
@@ -40,8 +40,8 @@ class Viewer {
   constructor(element) {
     this.element = element;
     this.shape = element.dataset.shape.split(",").map(Number);
-    this.place = this.shape.map((size, axis) => Math.floor((size * CONSTANTS.place[axis]) / 1000));
-    this.wanted = false; // whether it shall be loaded
+    this.position = this.shape.map((size, axis) => Math.floor((size * CONSTANTS.position[axis]) / 1000));
+    this.wanted = false; // whether the layers should be in memory
     this.layers = null;
     this.sliders = [...element.querySelectorAll("input[type=range]")];
     this.checks = Object.fromEntries([...element.querySelectorAll("input[type=checkbox]")].map((c) => [c.name, c]));
@@ -51,7 +51,7 @@ class Viewer {
     PLANES.forEach(({ across, up, along, mirrored }, plane) => {
       const slider = this.sliders[plane];
       slider.max = this.shape[along] - 1;
-      slider.value = this.place[along];
+      slider.value = this.position[along];
       slider.addEventListener("input", () => this.move({ [along]: Number(slider.value) }));
       for (const canvas of this.canvases[plane]) {
         canvas.width = this.shape[across] * SCALE;
@@ -74,7 +74,7 @@ class Viewer {
       const step = name === "uncertainty" ? CONSTANTS.uncertaintyStep : 1;
       const shape = this.shape.map((size) => Math.ceil(size / step));
       await image.decode();
-      if (!this.wanted) return; // it was unloaded meanwhile
+      if (!this.wanted) return; // unloaded in the meantime
       layers[name] = { step, shape, values: volume(image, shape) };
     }
     this.layers = layers;
@@ -88,25 +88,25 @@ class Viewer {
   }
 
   async move(to) {
-    for (const [axis, place] of Object.entries(to)) {
-      this.place[axis] = Math.min(Math.max(place, 0), this.shape[axis] - 1);
+    for (const [axis, index] of Object.entries(to)) {
+      this.position[axis] = Math.min(Math.max(index, 0), this.shape[axis] - 1);
     }
-    PLANES.forEach(({ along }, plane) => (this.sliders[plane].value = this.place[along]));
+    PLANES.forEach(({ along }, plane) => (this.sliders[plane].value = this.position[along]));
     if (this.layers) this.draw();
     else await this.load();
   }
 
-  // a slice as it is shown, its first row on top
+  // a slice as the picture shows it, the top row first
   slice(layer, { across, up, along, mirrored }) {
     const { step, shape, values } = this.layers[layer];
     const strides = [1, shape[0], shape[0] * shape[1]];
     const [width, height] = [this.shape[across], this.shape[up]];
     const slice = new Uint8Array(width * height);
-    const at = (axis, place) => Math.floor(place / step) * strides[axis];
+    const at = (axis, index) => Math.floor(index / step) * strides[axis];
     for (let v = 0; v < height; v++) {
       for (let u = 0; u < width; u++) {
-        const place = mirrored ? width - 1 - u : u;
-        slice[v * width + u] = values[at(across, place) + at(up, height - 1 - v) + at(along, this.place[along])];
+        const index = mirrored ? width - 1 - u : u;
+        slice[v * width + u] = values[at(across, index) + at(up, height - 1 - v) + at(along, this.position[along])];
       }
     }
     return { values: slice, width, height };
@@ -114,12 +114,12 @@ class Viewer {
 
   draw() {
     if (!this.layers) return;
-    const shown = (name) => name in this.checks && this.checks[name].checked;
+    const isChecked = (name) => name in this.checks && this.checks[name].checked;
     PLANES.forEach((plane, index) => {
       const both = this.slice("labels", plane);
       const label = (shift) => both.values.map((value) => (Math.round(value / CONSTANTS.labelStep) >> shift) & 3);
       const [segmented, truth] = [label(0), label(2)];
-      const uncertainty = shown("uncertainty") && this.slice("uncertainty", plane).values;
+      const uncertainty = isChecked("uncertainty") && this.slice("uncertainty", plane).values;
       SCANS.forEach((scan, which) => {
         const canvas = this.canvases[index][which];
         const context = canvas.getContext("2d");
@@ -131,16 +131,16 @@ class Viewer {
             const weight = Math.min(uncertainty[i] / CONSTANTS.opaqueUncertainty, 1);
             color = CONSTANTS.uncertainty[uncertainty[i]].map((part) => weight * part + (1 - weight) * value);
           }
-          if (shown("errors") && segmented[i] !== truth[i]) color = rgb(CONSTANTS.errors);
+          if (isChecked("errors") && segmented[i] !== truth[i]) color = rgb(CONSTANTS.errors);
           picture.data.set([...color, 255], 4 * i);
         });
         const small = new OffscreenCanvas(grey.width, grey.height);
         small.getContext("2d").putImageData(picture, 0, 0);
-        context.imageSmoothingEnabled = !shown("errors") && !uncertainty;
+        context.imageSmoothingEnabled = !isChecked("errors") && !uncertainty;
         context.drawImage(small, 0, 0, canvas.width, canvas.height);
-        if (shown("segmentation")) this.outline(context, segmented, grey, []);
-        if (shown("label")) this.outline(context, truth, grey, [SCALE / 2]);
-        if (shown("position")) this.cross(context, plane, grey);
+        if (isChecked("segmentation")) this.outline(context, segmented, grey, []);
+        if (isChecked("label")) this.outline(context, truth, grey, [SCALE / 2]);
+        if (isChecked("position")) this.cross(context, plane, grey);
         context.fillStyle = "white";
         context.font = `${5 * SCALE}px sans-serif`;
         context.fillText(scan.toUpperCase(), SCALE, canvas.height - 2 * SCALE);
@@ -150,7 +150,7 @@ class Viewer {
     });
   }
 
-  // the border of two labels in the colour of the higher one; they run from the outside to the inside
+  // borders in the colour of the higher label, which is the inner tissue
   outline(context, labels, { width, height }, dashes) {
     const paths = CONSTANTS.tissues.map(() => new Path2D());
     const edge = (one, other, x0, y0, x1, y1) => {
@@ -175,10 +175,10 @@ class Viewer {
     context.setLineDash([]);
   }
 
-  // where the other two planes cut this one
+  // lines where the other two planes cut this one
   cross(context, { across, up, mirrored }, { width, height }) {
-    const x = (mirrored ? width - 1 - this.place[across] : this.place[across]) + 0.5;
-    const y = height - 1 - this.place[up] + 0.5;
+    const x = (mirrored ? width - 1 - this.position[across] : this.position[across]) + 0.5;
+    const y = height - 1 - this.position[up] + 0.5;
     context.fillStyle = "rgba(255, 255, 255, 0.6)";
     context.fillRect(x * SCALE, 0, 1, height * SCALE);
     context.fillRect(0, y * SCALE, width * SCALE, 1);
@@ -187,7 +187,7 @@ class Viewer {
 
 document.documentElement.classList.add("scripted");
 const viewers = new Map([...document.querySelectorAll(".viewer")].map((element) => [element, new Viewer(element)]));
-// the volumes of a viewer take memory only while it is near the window
+// a viewer's layers take memory only while it is near the window
 const near = new IntersectionObserver(
   (entries) => {
     for (const { target, isIntersecting } of entries) {

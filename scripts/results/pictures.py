@@ -1,4 +1,4 @@
-"""Pictures by which a person judges a segmentation."""
+"""Pictures of a subject by which a person judges its segmentation."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -15,41 +15,45 @@ from scripts.results.paths import result_path
 from scripts.results.writers import BackgroundWriter
 from scripts.tissues import Tissue
 
-# told apart, and from grey, without colour vision of one kind or another: three of Okabe and Ito's, and violet
+# distinct from each other and from grey for every kind of colour blindness: three colours of Okabe and Ito, and violet
 TISSUE_COLORS = {Tissue.CSF: "#56b4e9", Tissue.GM: "#d55e00", Tissue.WM: "#f0e442"}
 DISAGREEMENT_COLOR = "#aa00ff"
-# told apart without colour vision: it brightens evenly
-UNCERTAINTY_COLORS = "inferno"
+UNCERTAINTY_COLORS = "inferno"  # brightens evenly, so it needs no colour vision
 
 
 def canonical(values: MetaTensor) -> np.ndarray:
-    """The only channel, its axes turned to run right, front, top."""
+    """Return the only channel, with its axes running to the right, front and top."""
     return nib.apply_orientation(values[0].cpu().numpy(), nib.io_orientation(values.affine.cpu().numpy()))
 
 
 def canonical_voxel_size(values: MetaTensor) -> np.ndarray:
-    """Size of a voxel in mm to the right, front and top."""
+    """Return the size of a voxel in mm to the right, front and top."""
     affine = values.affine.cpu().numpy()
     return nib.affines.voxel_sizes(affine)[nib.io_orientation(affine)[:, 0].argsort()]
 
 
 def brain_box(t1: np.ndarray) -> tuple[slice, slice, slice]:
-    """The smallest box that holds all of T1 (X, Y, Z) that is above 0."""
+    """Return the smallest box that holds every voxel of T1 (X, Y, Z) above 0."""
     occupied = [np.flatnonzero((t1 > 0).any(others)) for others in ((1, 2), (0, 2), (0, 1))]
-    return tuple(slice(places[0], places[-1] + 1) for places in occupied)
+    return tuple(slice(indices[0], indices[-1] + 1) for indices in occupied)
 
 
-def middle(shape: Sequence[int]) -> np.ndarray:
-    """A place in the brain's box, a little beside its middle, where a sagittal slice would show the brain's gap."""
+def white_level(brain: np.ndarray) -> float:
+    """Return the intensity to show as white: the 99.5th percentile of the brain's voxels, above 0."""
+    return max(float(np.percentile(brain, 99.5)), np.finfo(np.float32).tiny)
+
+
+def slice_position(shape: Sequence[int]) -> np.ndarray:
+    """Return a voxel of the brain's box near its middle, but beside the gap between the hemispheres."""
     return (np.array(shape) * (0.4, 0.5, 0.55)).astype(int)
 
 
-def slices(values: np.ndarray, place: np.ndarray) -> list[np.ndarray]:
-    """Axial, coronal and sagittal slice, as seen with the front or the top up and the subject's right on the left.
+def slices(values: np.ndarray, position: np.ndarray) -> list[np.ndarray]:
+    """Return the axial, coronal and sagittal slice, front or top up and the subject's right on the left.
 
     Rows run upwards, as `imshow` draws them with `origin="lower"`.
     """
-    x, y, z = place
+    x, y, z = position
     return [values[::-1, :, z].T, values[::-1, y, :].T, values[x, :, :].T]
 
 
@@ -60,65 +64,55 @@ def segmentation_picture(
     title: str = "",
     uncertainty: MetaTensor | None = None,
 ) -> Figure:
-    """Slices through the middle of the brain: T1, T1 with the segmentation, and with the label where there is one.
+    """Draw slices near the middle of the brain: a column for T1, one for the segmentation, and one for the label.
 
     Args:
         t1: T1 intensities, (1, X, Y, Z), with an affine.
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
-        label: the true labels likewise; a last column then marks the voxels where the two disagree.
-        title: stands above the picture.
-        uncertainty: 0 to 1 likewise, as `scripts.results.probabilities` has it; a column shows it inside the brain.
+        label: the true labels, if known; a further column then marks the voxels where the two disagree.
+        title: the line above the picture.
+        uncertainty: 0 to 1 on the same grid, see `scripts.results.probabilities`; a column shows it inside the brain.
     """
     t1_values, segmented = canonical(t1), canonical(prediction)
     box = brain_box(t1_values)
     brain = t1_values[box]
-    place = middle(brain.shape)
     x, y, z = canonical_voxel_size(t1)
     aspects = (y / x, z / x, z / y)
 
-    colors = ListedColormap(TISSUE_COLORS.values())
-    overlays = {"T1": None, "segmentation": segmented[box]}
+    tissues = {"cmap": ListedColormap(TISSUE_COLORS.values()), "vmin": 1, "vmax": 3, "alpha": 0.45}
+    columns = {"T1": (None, {}), "segmentation": (np.ma.masked_equal(segmented[box], 0), tissues)}
+    patches = [Patch(color=color, label=tissue.name) for tissue, color in TISSUE_COLORS.items()]
     if label is not None:
         truth = canonical(label)[box]
-        overlays |= {"label": truth, "disagreement": truth != segmented[box]}
+        columns["label"] = (np.ma.masked_equal(truth, 0), tissues)
+        disagreement = np.ma.masked_equal(truth != segmented[box], 0)
+        columns["disagreement"] = (disagreement, {"cmap": ListedColormap([DISAGREEMENT_COLOR])})
+        patches.append(Patch(color=DISAGREEMENT_COLOR, label="disagreement"))
     if uncertainty is not None:
-        overlays["uncertainty"] = np.ma.masked_array(canonical(uncertainty)[box], brain <= 0)
-    figure = Figure(figsize=(3.2 * len(overlays), 10), layout="constrained", facecolor="black")
-    grey = slices(brain, place)
+        inside = np.ma.masked_array(canonical(uncertainty)[box], brain <= 0)
+        columns["uncertainty"] = (inside, {"cmap": UNCERTAINTY_COLORS, "vmin": 0, "vmax": 1})
+
+    position = slice_position(brain.shape)
+    grey = slices(brain, position)
     heights = [aspect * slice_.shape[0] / slice_.shape[1] for slice_, aspect in zip(grey, aspects, strict=True)]
-    # without ticks, which would be laid out although none is shown
-    axes = figure.subplots(3, len(overlays), height_ratios=heights, subplot_kw={"xticks": [], "yticks": []})
-    brightest = np.percentile(brain[brain > 0], 99.5)
-    for column, (name, overlay) in enumerate(overlays.items()):
+    figure = Figure(figsize=(3.2 * len(columns), 10), layout="constrained", facecolor="black")
+    # no ticks: the layout would reserve room for them although the axes are hidden
+    axes = figure.subplots(3, len(columns), height_ratios=heights, subplot_kw={"xticks": [], "yticks": []})
+    white = white_level(brain[brain > 0])
+    for column, (name, (overlay, style)) in enumerate(columns.items()):
         axes[0, column].set_title(name, color="white")
         for row, (slice_, aspect) in enumerate(zip(grey, aspects, strict=True)):
             axis = axes[row, column]
-            axis.imshow(slice_, cmap="gray", vmin=0, vmax=brightest, origin="lower", aspect=aspect)
+            axis.imshow(slice_, cmap="gray", vmin=0, vmax=white, origin="lower", aspect=aspect)
             axis.axis("off")
             if row < 2:  # axial and coronal
                 axis.text(0.02, 0.98, "R", color="white", transform=axis.transAxes, verticalalignment="top")
-            if overlay is None:
-                continue
-            marks = slices(overlay, place)[row]
-            if name == "uncertainty":
-                shades = axis.imshow(marks, cmap=UNCERTAINTY_COLORS, vmin=0, vmax=1, origin="lower", aspect=aspect)
-                continue
-            marks = np.ma.masked_equal(marks, 0)
-            if name == "disagreement":
-                axis.imshow(marks, cmap=ListedColormap([DISAGREEMENT_COLOR]), origin="lower", aspect=aspect)
-            else:
-                axis.imshow(marks, cmap=colors, vmin=1, vmax=3, alpha=0.45, origin="lower", aspect=aspect)
-    patches = [Patch(color=color, label=tissue.name) for tissue, color in TISSUE_COLORS.items()]
-    if label is not None:
-        patches.append(Patch(color=DISAGREEMENT_COLOR, label="disagreement"))
+            if overlay is not None:
+                shades = axis.imshow(slices(overlay, position)[row], origin="lower", aspect=aspect, **style)
     figure.legend(
-        handles=patches,
-        loc="outside lower center",
-        ncols=len(patches),
-        facecolor="black",
-        labelcolor="white",
+        handles=patches, loc="outside lower center", ncols=len(patches), facecolor="black", labelcolor="white"
     )
-    if uncertainty is not None:
+    if uncertainty is not None:  # the last column
         bar = figure.colorbar(shades, ax=axes[:, -1], shrink=0.6, label="0: certain, 1: all classes equally probable")
         bar.ax.tick_params(colors="white")
         bar.ax.yaxis.label.set_color("white")
@@ -129,8 +123,8 @@ def segmentation_picture(
 class PictureSaver(BackgroundWriter):
     """Handler that draws each subject of an evaluator by `segmentation_picture`.
 
-    The file is `subject-<id>-scored.png` where there is a label, else `subject-<id>-label.png`; for a BIDS dataset see
-    `scripts.results.paths.derivative_path`.
+    The file is `subject-<id>-scored.png` for a subject with a label, else `subject-<id>-label.png`; for a BIDS dataset
+    see `scripts.results.paths.derivative_path`.
 
     Args:
         output_dir: the folder to write to.
@@ -143,5 +137,5 @@ class PictureSaver(BackgroundWriter):
         figure = segmentation_picture(item["t1"], item["pred"], label, f"subject {subject}", item.get("uncertainty"))
         path = result_path(self.output_dir, item, "label" if label is None else "scored", ".png")
         with whole_files(path.parent) as temporary:
-            # noise is hardly made smaller by more effort: level 6 saves 5 % and takes 0.1 s longer
+            # noise hardly compresses: level 6 saves 5 % and takes 0.1 s longer
             figure.savefig(temporary / path.name, dpi=80, facecolor="black", pil_kwargs={"compress_level": 1})

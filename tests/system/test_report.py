@@ -17,7 +17,7 @@ from ignite.engine import Engine, Events
 from matplotlib.colors import to_rgb
 
 from scripts.network import SkipDenseSeg
-from scripts.report.page import ReportSaver, render, subject_part
+from scripts.report.page import ReportSaver, render, report_subject
 from scripts.results.pictures import DISAGREEMENT_COLOR, TISSUE_COLORS
 from scripts.results.provenance import ProvenanceSaver
 from scripts.results.tables import write_csv
@@ -62,9 +62,8 @@ def report_of(
         engine.state.batch, engine.state.output = [item], [{}]
 
     settings = {"checkpoints": str(WEIGHTS), "precision": "fp32", "dataset_dir": "the/data"} | settings
-    provenance = ProvenanceSaver(str(output), "inference", settings)
-    provenance.attach(engine)
-    ReportSaver(str(output), provenance, str(output / "metrics.csv") if scored else None).attach(engine)
+    ReportSaver(str(output), str(output / "metrics.csv") if scored else None).attach(engine)
+    ProvenanceSaver(str(output), "inference", settings).attach(engine)
     engine.run(range(len(items)))
     return (output / "report.html").read_text(encoding="utf-8")
 
@@ -82,12 +81,12 @@ def test_thirteen_subjects_of_full_size_stay_below_ten_megabytes_and_ten_seconds
     item = segmented_subject(brain, labeled=True, uncertain=True)
     item["uncertainty"] *= torch.rand(item["uncertainty"].shape)
     before = os.times()
-    part = subject_part(item)
+    subject = report_subject(item)
     after = os.times()
     assert sum(after[:2]) - sum(before[:2]) < 10  # of a CPU; 1 to 2 are usual
-    assert not part.warnings
-    parts = [SimpleNamespace(**{**vars(part), "subject": str(n)}) for n in range(13)]
-    page = render(parts, PROVENANCE, {part.subject: scores_of(0.8) for part in parts}, {})
+    assert not subject.warnings
+    subjects = [SimpleNamespace(**{**vars(subject), "subject": str(n)}) for n in range(13)]
+    page = render(subjects, PROVENANCE, {subject.subject: scores_of(0.8) for subject in subjects}, {})
     assert len(page.encode()) < 10e6
 
 
@@ -146,7 +145,7 @@ CANVASES = [canvas(plane, scan) for plane in range(3) for scan in ("t1", "t2")]
 
 
 def pixels(viewer: Any, selector: str) -> np.ndarray:
-    """Those of the first canvas that fits in a page or a part of it, (rows, columns, RGB)."""
+    """Those of the first canvas that fits in a page or a subject of it, (rows, columns, RGB)."""
     uri = viewer.locator(selector).first.evaluate("canvas => canvas.toDataURL()")
     return decoded(base64.b64decode(uri.removeprefix("data:image/png;base64,")))
 

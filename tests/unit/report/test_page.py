@@ -1,4 +1,4 @@
-"""The page: what it says, what it shows, and that nothing in it can run or fetch anything but its own viewer."""
+"""The page: its content, and that nothing but its own viewer can run and nothing is fetched."""
 
 import base64
 import hashlib
@@ -6,8 +6,6 @@ import io
 import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,13 +13,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import ROOT, segmented_subject, write_log
+from helpers import ROOT, segmented_subject
 from ignite.engine import Engine, Events
 from PIL import Image
 
 from scripts.network import SkipDenseSeg
-from scripts.report import page as html_report
-from scripts.report.page import MOST_VIEWERS, Part, ReportSaver, render, subject_part
+from scripts.report import page as report_page
+from scripts.report.page import MOST_VIEWERS, ReportSaver, SubjectReport, render, report_subject
 from scripts.results.provenance import ProvenanceSaver
 from scripts.results.tables import write_csv
 from scripts.weights import load_weights
@@ -37,10 +35,10 @@ def scores_of(number: float) -> dict[str, str]:
     return {name: str(number + place / 100) for place, name in enumerate(names)}
 
 
-def test_a_phantom_that_was_segmented_well_is_warned_of_for_its_size_alone(brains):
-    """It is shrunk to a fifteenth of its volume."""
-    part = subject_part(segmented_subject(brains[0]))
-    assert set(part.warnings) == {"volume out of range", "few foreground voxels"}
+def test_a_well_segmented_phantom_gets_warnings_for_its_size_only(brains):
+    """It has a fifteenth of a brain's volume."""
+    subject = report_subject(segmented_subject(brains[0]))
+    assert set(subject.warnings) == {"volume out of range", "few foreground voxels"}
 
 
 class Elements(HTMLParser):
@@ -60,17 +58,17 @@ class Elements(HTMLParser):
         self.text += data
 
 
-def a_part(subject_id: str, **changes: Any) -> Part:
+def reported(subject_id: str, **changes: Any) -> SubjectReport:
     volumes = {"csf_ml": 170.0, "gm_ml": 380.0, "wm_ml": 246.0, "brain_ml": 796.0}
     values = {"files": {"T1": "t1.hdr"}, "volumes": volumes, "warnings": {}, "has_label": False, "pictures": None}
-    return Part(subject=subject_id, **(values | changes))
+    return SubjectReport(subject=subject_id, **(values | changes))
 
 
 def test_hostile_names_are_text(brains):
-    """In the id, in the names of files, in messages and in settings."""
-    part = subject_part(segmented_subject(brains[0], HOSTILE, labeled=True))
+    """In the id, file names, messages and settings."""
+    subject = report_subject(segmented_subject(brains[0], HOSTILE, labeled=True))
     scores = {HOSTILE: scores_of(0.7), "2": scores_of(0.8)}
-    page = render([part, a_part("2")], PROVENANCE | {HOSTILE: HOSTILE}, scores, {})
+    page = render([subject, reported("2")], PROVENANCE | {HOSTILE: HOSTILE}, scores, {})
     elements = Elements(page)
     assert [attributes for tag, attributes in elements.tags if tag == "script"] == [
         {"type": "application/json", "id": "constants"},
@@ -84,7 +82,7 @@ def test_hostile_names_are_text(brains):
 
 
 def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
-    page = render([subject_part(segmented_subject(brains[0]))], PROVENANCE, {}, {})
+    page = render([report_subject(segmented_subject(brains[0]))], PROVENANCE, {}, {})
     elements = Elements(page)
     sources = [attributes[name] for _, attributes in elements.tags for name in ("src", "href") if name in attributes]
     assert sources
@@ -104,34 +102,34 @@ def test_nothing_is_fetched_and_only_the_viewer_may_run(brains):
 
 
 def test_warnings_stand_at_the_top_and_beside_the_subject():
-    parts = [a_part("1"), a_part("2", warnings={"T2 missing": "T2 shows nothing in 3% of the brain"})]
-    page = render(parts, PROVENANCE, {}, {})
+    subjects = [reported("1"), reported("2", warnings={"T2 missing": "T2 shows nothing in 3% of the brain"})]
+    page = render(subjects, PROVENANCE, {}, {})
     top, _, rest = page.partition("</header>")
     assert "T2 missing (T2 shows nothing in 3% of the brain)" in top
     assert 'href="#subject-2">subject 2</a>' in top
     own = rest.split('id="subject-2"')[1]
     assert "<strong>T2 missing</strong>: T2 shows nothing in 3% of the brain" in own
     assert "<strong>" not in rest.split('id="subject-1"')[1].split('id="subject-2"')[0]
-    assert "No warnings." in render(parts[:1], PROVENANCE, {}, {})
+    assert "No warnings." in render(subjects[:1], PROVENANCE, {}, {})
 
 
-def test_scores_are_those_of_the_table_and_need_not_be_numbers():
+def test_scores_are_those_of_the_table_and_may_be_infinite_or_missing():
     row = dict.fromkeys(scores_of(0), "0.5") | {"dice_csf": "0.91236", "hd95_gm": "inf", "dice_wm": "nan"}
-    text = Elements(render([a_part("1")], PROVENANCE, {"1": row}, {})).text
+    text = Elements(render([reported("1")], PROVENANCE, {"1": row}, {})).text
     assert re.search(r"Dice in percent\s+91\.24\s+50\.00\s+none\s+50\.00", text)
     assert re.search(r"HD95 in mm\s+0\.50\s+∞\s+0\.50", text)
 
 
-def test_provenance_is_told():
-    text = Elements(render([a_part("1")], PROVENANCE, {}, {})).text
+def test_page_has_the_provenance():
+    text = Elements(render([reported("1")], PROVENANCE, {}, {})).text
     assert all(name in text and value in text for name, value in PROVENANCE.items())
     assert "Research use only" in text
 
 
-def test_curves_are_in_the_page_where_there_is_a_log():
+def test_page_has_curves_if_there_is_a_log():
     history = {"train_loss": {1: 0.9, 2: 0.5}}
-    assert 'alt="Training"' in render([a_part("1")], PROVENANCE, {}, history)
-    assert 'alt="Training"' not in render([a_part("1")], PROVENANCE, {}, {})
+    assert 'alt="Training"' in render([reported("1")], PROVENANCE, {}, history)
+    assert 'alt="Training"' not in render([reported("1")], PROVENANCE, {}, {})
 
 
 @cache
@@ -148,7 +146,7 @@ def report_of(
     network: SkipDenseSeg | None = None,
     **settings: Any,
 ) -> str:
-    """The page that the handler writes, of an engine that hands it these subjects."""
+    """The page that the handler writes for an engine with these subjects."""
     engine = Engine(lambda engine, batch: None)
     engine.state.device = torch.device("cpu")
     engine.network = network or included_network()
@@ -159,14 +157,13 @@ def report_of(
         engine.state.batch, engine.state.output = [item], [{}]
 
     settings = {"checkpoints": str(WEIGHTS), "precision": "fp32", "dataset_dir": "the/data"} | settings
-    provenance = ProvenanceSaver(str(output), "inference", settings)
-    provenance.attach(engine)
-    ReportSaver(str(output), provenance, str(output / "metrics.csv") if scored else None).attach(engine)
+    ReportSaver(str(output), str(output / "metrics.csv") if scored else None).attach(engine)
+    ProvenanceSaver(str(output), "inference", settings).attach(engine)
     engine.run(range(len(items)))
     return (output / "report.html").read_text(encoding="utf-8")
 
 
-def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brains, tmp_path, capsys):
+def test_handler_replaces_an_earlier_report_and_prints_its_path(brains, tmp_path, capsys):
     (tmp_path / "report.html").write_text("earlier")
     (tmp_path / "notes.txt").write_text("mine")
     items = [segmented_subject(brains[0], "1", labeled=True), segmented_subject(brains[1], "2", labeled=True)]
@@ -176,10 +173,10 @@ def test_handler_replaces_the_report_of_an_earlier_run_and_says_where_it_is(brai
         *("report.html", "inference-provenance.json"),
         *("notes.txt", "metrics.csv"),
     }
-    told = capsys.readouterr().out.strip()
+    printed = capsys.readouterr().out.strip()
     kinds = "volume out of range (1, 2); few foreground voxels (1, 2)"
-    assert told.startswith(f"report: {tmp_path / 'report.html'}; warnings: {kinds}")
-    assert "\n" not in told
+    assert printed.startswith(f"report: {tmp_path / 'report.html'}; warnings: {kinds}")
+    assert "\n" not in printed
     text = Elements(page).text
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     version = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]
@@ -210,8 +207,8 @@ def test_credentials_in_urls_are_left_out(brains, monkeypatch, tmp_path):
     assert text.count(kept) == 2
 
 
-def test_weights_that_are_not_those_of_the_checkpoint_are_not_told_as_such(brains, tmp_path):
-    """As of a federated client that was sent them, with a checkpoint on disk and without."""
+def test_other_weights_are_not_reported_as_the_checkpoint(brains, tmp_path):
+    """A federated client gets weights from its server, with or without a checkpoint on disk."""
     digest = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
     items = [segmented_subject(brains[0], "1")]
     for name, changes in (
@@ -225,67 +222,24 @@ def test_weights_that_are_not_those_of_the_checkpoint_are_not_told_as_such(brain
     assert "given by the calling program" not in report_of(items, tmp_path / "same")
 
 
-def test_no_more_viewers_than_a_browser_bears(brains, monkeypatch, tmp_path):
-    monkeypatch.setattr(html_report, "MOST_VIEWERS", 2)
+def test_number_of_viewers_is_limited(brains, monkeypatch, tmp_path):
+    monkeypatch.setattr(report_page, "MOST_VIEWERS", 2)
     page = report_of([segmented_subject(brains[0], str(n)) for n in range(3)], tmp_path)
     assert page.count('class="viewer"') == 2
     assert page.count('class="subject"') == 3
-    assert "a report shows 2 subjects at most" in page
+    assert "a report shows at most 2 subjects" in page
     assert MOST_VIEWERS >= 13
 
 
 def test_subject_of_two_processes_counts_once(brains, monkeypatch, tmp_path):
-    other = [subject_part(segmented_subject(brains[1], "2")), subject_part(segmented_subject(brains[0], "1"))]
-    monkeypatch.setattr(html_report, "gathered", lambda parts: [*parts, *other])
+    other = [report_subject(segmented_subject(brains[1], "2")), report_subject(segmented_subject(brains[0], "1"))]
+    monkeypatch.setattr(report_page, "gathered", lambda subjects: [*subjects, *other])
     page = report_of([segmented_subject(brains[0], "1")], tmp_path)
     assert re.findall(r"<h2>Subject (\d)</h2>", page) == ["1", "2"]
 
 
 def test_another_rank_writes_nothing(brains, monkeypatch, tmp_path):
-    monkeypatch.setattr(html_report.idist, "get_rank", lambda: 1)
+    monkeypatch.setattr(report_page.idist, "get_rank", lambda: 1)
     with pytest.raises(FileNotFoundError):
         report_of([segmented_subject(brains[0], "1")], tmp_path)
     assert not list(tmp_path.iterdir())
-
-
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        # as root the sandbox doesn't start
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
-        yield browser
-        browser.close()
-
-
-@pytest.fixture(scope="module")
-def report(brains, tmp_path_factory) -> Path:
-    output = tmp_path_factory.mktemp("report")
-    items = [segmented_subject(brains[n % 2], f"{n} {HOSTILE}", labeled=True, uncertain=True) for n in range(3)]
-    write_csv(output / "metrics.csv", [{"subject": item["subject"]} | scores_of(0.8) for item in items])
-    write_log(output, range(1, 5), 1)
-    report_of(items, output, scored=True)
-    return output / "report.html"
-
-
-@pytest.fixture
-def page(browser, report) -> Iterator[Any]:
-    """The report as it is opened, its first viewer in sight; it must say nothing and fetch nothing."""
-    page = browser.new_page(viewport={"width": 1280, "height": 900})
-    said: list[str] = []
-    asked: list[str] = []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: (said.append(dialog.message), dialog.dismiss()))
-    page.on("request", lambda request: asked.append(request.url))
-    page.goto(report.as_uri())
-    page.locator(".viewer").first.scroll_into_view_if_needed()
-    page.wait_for_selector(".viewer.loaded")
-    yield page
-    page.close()
-    assert said == []
-    assert [url for url in asked if not url.startswith("data:")] == [report.as_uri()]

@@ -9,8 +9,7 @@ from helpers import decoded, segmented_subject, volume_in_memory
 from monai.data import MetaTensor
 from PIL import Image
 
-from scripts.report import viewer as report_pictures
-from scripts.report.viewer import LABEL_STEP, draw, side_by_side
+from scripts.report.viewer import LABEL_STEP, LONGEST_SIDE, draw_pictures, side_by_side
 from scripts.results.pictures import brain_box
 
 
@@ -33,7 +32,7 @@ def test_slices_side_by_side(shape):
 
 def test_labels_are_shown_voxel_by_voxel_with_x_to_the_right(brains):
     item = segmented_subject(brains[0], labeled=True)
-    pictures = draw(item["t1"], item["t2"], item["pred"], item["label"])
+    pictures = draw_pictures(item["t1"], item["t2"], item["pred"], item["label"])
     box = brain_box(brains[0]["T1"])
     expected = [np.pad(volume_[0].numpy()[box][::-1], 1) for volume_ in (item["pred"], item["label"])]
     assert pictures.shape == expected[0].shape
@@ -54,7 +53,7 @@ def test_same_pictures_whatever_the_order_of_the_axes_on_disk(brains):
         )
         for name in names
     }
-    assert draw(*(turned[name] for name in names)) == draw(*(item[name] for name in names))
+    assert draw_pictures(*(turned[name] for name in names)) == draw_pictures(*(item[name] for name in names))
 
 
 def test_voxels_that_are_not_cubes_are_shown_in_true_proportion():
@@ -63,14 +62,13 @@ def test_voxels_that_are_not_cubes_are_shown_in_true_proportion():
     prediction = np.zeros((12, 12, 12), np.uint8)
     prediction[1:-1, 1:-1, 1:6], prediction[1:-1, 1:-1, 6:-1] = 1, 2
     affine = torch.diag(torch.tensor([1.0, 0.5, 3, 1], dtype=torch.float64))
-    pictures = draw(*(volume_in_memory(v, affine) for v in (t1, t1, prediction)))
+    pictures = draw_pictures(*(volume_in_memory(v, affine) for v in (t1, t1, prediction)))
     assert pictures.shape == (12, 7, 32)
     shown = unfolded(pictures.layers["labels"], pictures.shape)[5, 3] // LABEL_STEP
     assert shown.tolist() == [0, *[1] * 15, *[2] * 15, 0]
     huge = torch.diag(torch.tensor([1e5, 1, 1, 1], dtype=torch.float64))
-    assert (
-        max(draw(*(volume_in_memory(v, huge) for v in (t1, t1, prediction))).shape) <= report_pictures.LONGEST_SIDE + 2
-    )
+    pictures = draw_pictures(*(volume_in_memory(v, huge) for v in (t1, t1, prediction)))
+    assert max(pictures.shape) <= LONGEST_SIDE + 2
 
 
 def test_a_brain_of_which_the_coarser_grid_hits_no_voxel_is_shown():
@@ -78,12 +76,12 @@ def test_a_brain_of_which_the_coarser_grid_hits_no_voxel_is_shown():
     t1[[0, -1], [0, -1], [0, -1]] = 7
     small = torch.diag(torch.tensor([1 / 3, 1 / 3, 1 / 3, 1], dtype=torch.float64))
     scan, prediction = volume_in_memory(t1, small), volume_in_memory((t1 > 0).astype(np.uint8), small)
-    assert draw(scan, scan, prediction).shape == (5, 5, 5)
+    assert draw_pictures(scan, scan, prediction).shape == (5, 5, 5)
 
 
 def test_static_picture_has_a_row_for_each_thing_that_is_there(brains):
     plain, whole = (
-        draw(*(item.get(name) for name in ("t1", "t2", "pred", "label", "uncertainty")))
+        draw_pictures(*(item.get(name) for name in ("t1", "t2", "pred", "label", "uncertainty")))
         for item in (segmented_subject(brains[0]), segmented_subject(brains[0], labeled=True, uncertain=True))
     )
     rows = [decoded(pictures.static) for pictures in (plain, whole)]

@@ -93,7 +93,7 @@ def test_warning_of_asymmetry(width):
 def test_warning_of_voxels_that_were_not_trained_on():
     for usual in (0.85, 1.0, 1.15):
         assert other_voxel_size(np.array([1, usual, 1])) is None
-    assert other_voxel_size(np.array([1, 0.8, 1])) == "voxels of 1 x 0.8 x 1 mm: labels are less right than at 1 mm"
+    assert other_voxel_size(np.array([1, 0.8, 1])) == "voxels of 1 x 0.8 x 1 mm: labels are less accurate than at 1 mm"
     assert other_voxel_size(np.array([1.5, 1, 1])) is not None
 
 
