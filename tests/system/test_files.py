@@ -1,8 +1,5 @@
-import subprocess
-import sys
-
 import pytest
-from helpers import ROOT
+from processes import forked
 
 FULL_DISK = """
 import resource, signal, sys, torch
@@ -23,8 +20,6 @@ else:
 def test_what_can_not_be_written_ends_in_one_line_and_leaves_what_was_there(tmp_path, kind):
     for name in ("table.csv", "model.pt"):
         (tmp_path / name).write_text("old")
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", FULL_DISK, str(tmp_path), kind], cwd=ROOT, capture_output=True, text=True
-    )
+    result = forked(FULL_DISK, str(tmp_path), kind)
     assert f"InputError: {tmp_path}: can't be written" in result.stderr.strip().splitlines()[-1]
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"table.csv": "old", "model.pt": "old"}
