@@ -30,7 +30,7 @@ def test_the_config(tmp_path, monkeypatch, capsys, caplog):
     nib.save(nib.Nifti1Image(mask, affine), data / "sub-01/ses-a/anat/sub-01_ses-a_desc-brain_mask.nii.gz")
     output = data / "derivatives" / "skipdenseseg"
     configured(data, output, subjects=["01"]).run()
-    assert "sub-01_ses-b: left out, for it isn't skull-stripped" in caplog.text
+    assert "sub-01_ses-b: skipped (isn't skull-stripped" in caplog.text
     told = capsys.readouterr().out
     assert "not segmented: sub-01_ses-b isn't skull-stripped" in told
     assert "sub-02" not in caplog.text + told

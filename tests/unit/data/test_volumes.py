@@ -40,6 +40,7 @@ def test_lack_of_memory_is_no_fault_of_the_file(tmp_path, monkeypatch, read):
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("Unable to allocate")
 
+    (tmp_path / "scan").touch()
     for name in ("nibabel.load", "h5py.File", "torch.load"):
         monkeypatch.setattr(name, fail)
     with pytest.raises(MemoryError):
