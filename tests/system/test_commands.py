@@ -231,7 +231,7 @@ def test_segmentations_are_not_written_among_the_subjects(own_dataset):
         (segmenting, {"dataset_dir": "{tmp}/dta"}, ["{tmp}/dta: no such folder", "--dataset_dir"]),
         (training, {"patch_size": [50, 50, 50]}, ["--patch_size", "multiples of 4"]),
         *(
-            (each, {"dataset_dir": "{tmp}"}, ["{tmp}", "subject-<id>-T1"])
+            (each, {"dataset_dir": "{tmp}/no"}, ["{tmp}/no", "subject-<id>-T1"])
             for each in (training, evaluating, segmenting)
         ),
         *((e, {"ckpt_dir": "{tmp}"}, ["{tmp}/model.pt: a checkpoint of another"]) for e in (evaluating, segmenting)),
@@ -247,6 +247,7 @@ def test_segmentations_are_not_written_among_the_subjects(own_dataset):
 def test_settings_that_can_not_be_used(dataset, tmp_path, command, settings, words):
     torch.save(SkipDenseSeg(growth_rate=8).state_dict(), tmp_path / "model.pt")
     (tmp_path / "model.onnx").touch()
+    (tmp_path / "no").mkdir()
     given = {name: str(value).format(tmp=tmp_path) for name, value in settings.items()}
     data = given.pop("dataset_dir", dataset)
     result = bundle(*command(data, tmp_path / "out", *flags(**given)))

@@ -6,13 +6,17 @@ import resource, signal, sys, torch
 from scripts.files import whole_files
 from scripts.results.tables import write_csv
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 folder, kind = sys.argv[1:]
-if kind == "table":
-    write_csv(f"{folder}/table.csv", [{"subject": "a" * 2000}])
-else:
-    with whole_files(folder) as temporary:
-        torch.save({"weight": torch.zeros(10000)}, temporary / "model.pt")
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+try:
+    if kind == "table":
+        write_csv(f"{folder}/table.csv", [{"subject": "a" * 2000}])
+    else:
+        with whole_files(folder) as temporary:
+            torch.save({"weight": torch.zeros(10000)}, temporary / "model.pt")
+finally:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)  # for what is printed
 """
 
 
