@@ -137,6 +137,7 @@ def touch(directory: Path, *names: str) -> Path:
 
 # some patches are drawn, some are cut from the scan
 SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2, "batch_size": 1, "synthetic_share": 0.5}
+SETTINGS["picture_interval"] = 0
 
 
 def train_in_process(dataset, output, **settings):

@@ -19,8 +19,9 @@ import pytest
 import torch
 from helpers import ROOT
 
-# a training of seconds on the small dataset
+# a training of seconds on the small dataset, without pictures
 QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--batch_size", "1"]
+QUICK += ["--picture_interval", "0"]
 # Starts command lines in processes that are forked from one that has imported what they import, so that each is spared
 # the longest part of its start, and hands out their exit status. `first` arranges what is to fail in one.
 FORKING = """

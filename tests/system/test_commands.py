@@ -54,7 +54,7 @@ from scripts.tissues import tissue_labels
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("trained")
-    result = succeeds(*training(dataset, output, "--epochs", "2"))
+    result = succeeds(*training(dataset, output, "--epochs", "2", "--picture_interval", "1"))
     assert f"best network: {output}/model.pt" in result.stdout
     return output
 
@@ -106,6 +106,7 @@ def test_training_of_fewer_epochs_than_the_interval_saves_its_own_network(datase
     for epochs, interval, validated in ((3, 2, [2, 3]), (1, 10, [1])):
         output = tmp_path / f"{epochs}-epochs"
         settings = {"epochs": epochs, "val_interval": interval, "crops_per_epoch": 2, "batch_size": 1}
+        settings["picture_interval"] = 0
         configured(dataset, output, "train.json", **settings).run()
         assert [value.step for value in tensorboard_log(output).Scalars("val_mean_dice")] == validated
         assert (output / "model.pt").exists()

@@ -40,7 +40,7 @@ def scans(tmp_path_factory, pieces) -> Path:
 
 def training(scans: Path, output: Path, *more: str) -> list[str]:
     """Three epochs that may be gone on with."""
-    return processes.training(scans, output, "--epochs", "3", "--picture_interval", "0", *more)
+    return processes.training(scans, output, "--epochs", "3", *more)
 
 
 def resumable(scans: Path, output: Path) -> list[str]:

@@ -19,7 +19,7 @@ from scripts.weights import read_checkpoint
 VERSION = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]
 WEIGHTS = ROOT / "models" / "model.pt"
 SHA256 = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1}
+QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1, "picture_interval": 0}
 # what a scanner or a converter may leave in a header
 OF_A_PATIENT = ("JANE^DOE", "MRN4711", "1999-12-31")
 
@@ -146,7 +146,7 @@ def test_nothing_of_a_patient_goes_from_headers_into_results(pieces, tmp_path, s
     for label_suffix in (".hdr", ".nii"):
         settings = {"label_suffix": label_suffix, "probabilities": True, "uncertainty": "network"}
         configured(data, output, "inference.json", subjects=[1], **settings).run()
-    configured(data, output, "train.json", val_subjects=[1], **QUICK).run()
+    configured(data, output, "train.json", val_subjects=[1], **QUICK | {"picture_interval": 1}).run()
     configured(data, output, "train.json", "evaluate.json", run_id="evaluating", val_subjects=[1]).run()
     written = [path for path in output.rglob("*") if path.is_file()]
     assert {".hdr", ".nii", ".gz", ".png", ".csv", ".json", ".html", ".pt"} <= {path.suffix for path in written}

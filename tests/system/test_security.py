@@ -12,7 +12,7 @@ from helpers import ROOT, configured, refused_run, save_subject, save_volume
 from scripts.results.tables import read_csv
 
 WEIGHTS = ROOT / "models" / "model.pt"
-QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1}
+QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1, "picture_interval": 0}
 
 
 class RunsWhenLoaded:

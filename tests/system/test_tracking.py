@@ -29,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 PAGE = "docs/experiment_tracking.md"
 TRAIN = ("run", "training", "--config_file", "configs/train.json", *QUICK, "--epochs", "3")
+TRAIN += ("--picture_interval", "1")
 # notes who is called, and lets nobody but the own machine be reached
 NETWORK = """
 import os, socket
@@ -200,6 +201,7 @@ def test_of_several_processes_the_first_records(tracked, dataset, tmp_path):
     result = tracked.python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "monai.bundle"),
         *("run", "training", "--config_file", "['configs/train.json','configs/multi_gpu_train.json']", *QUICK),
+        *("--picture_interval", "1"),
         *(*folders(dataset, tmp_path), "--tracking", "mlflow"),
         network=True,  # by which the processes talk
     )
