@@ -1,6 +1,7 @@
 """Small data sets in iSeg's layout, the bundle's pages, and what several tests compare."""
 
 import hashlib
+import inspect
 import io
 import json
 import os
@@ -92,8 +93,8 @@ def save_volume(path: Path, values: np.ndarray, affine: np.ndarray | None = None
 @cache
 def small_brain(number: int) -> dict[str, np.ndarray]:
     """Label (0 to 3), T1 and T2 of a phantom shrunk to 0.4: 60 x 72 x 64 voxels; kept for later runs of the tests."""
-    sources = [Path(__file__), *sorted((ROOT / "scripts" / "synthesis").glob("*.py"))]
-    version = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:16]
+    makers = [path.read_text() for path in sorted((ROOT / "scripts" / "synthesis").glob("*.py"))]
+    version = hashlib.sha256("".join([*makers, inspect.getsource(shrunken_phantom)]).encode()).hexdigest()[:16]
     path = ROOT / ".pytest_cache" / "brains" / f"{number}-{version}.npz"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
