@@ -100,6 +100,16 @@ def test_downloaded_bundle_has_what_belongs_in_it_and_nothing_else(downloaded):
         assert not (downloaded / name).is_symlink()
 
 
+def test_untracked_files_of_a_checkout_stay_out(tmp_path):
+    for name in ("configs/train.json", "configs/mine.json", "docs/index.md", "docs/private.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(contents(tmp_path)) == 4
+    for arguments in (["init", "--quiet"], ["add", "configs/train.json", "docs/index.md"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert contents(tmp_path) == ["configs/train.json", "docs/index.md"]
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a downloaded bundle doesn't know what is tracked")
 def test_contents_are_the_tracked_files_of_the_bundle():
     folders = sorted({name.partition("/")[0] for name in contents(ROOT)})
