@@ -55,7 +55,7 @@ def test_good_bad_and_incomplete_subjects(pieces, tmp_path, capsys):
     (data / "sub-1/anat/sub-2_T1w.nii.gz").touch()
     (data / "sub-2/anat/sub-2_T1w.nii.gz").write_bytes(b"damaged")
     (data / "sub-3/anat/sub-3_T2w.nii.gz").unlink()
-    assert refused_run(data, output) == "2 subjects are not segmented, see above; mend or remove them"
+    assert refused_run(data, output) == "2 subjects are not segmented, see above; fix or remove them"
     told = capsys.readouterr().out
     for reason in (
         f"{data}/sub-1/anat/sub-2_T1w.nii.gz: its name",

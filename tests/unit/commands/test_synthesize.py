@@ -74,7 +74,7 @@ def test_what_is_there_is_kept_and_further_draws_are_added(labels, made, capsys)
     first, second = (nib.load(directory / f"subject-{name}-T1.nii.gz").get_fdata() for name in ("A", "A-2"))
     assert np.array_equal(first > 0, second > 0)
     assert np.mean(first != second) > 0.1
-    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: is there already and isn't synthetic nominal seed 1"):
+    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: already exists and isn't synthetic nominal seed 1"):
         synthesize(str(labels), str(directory), seed=1)
 
 
@@ -84,7 +84,7 @@ def test_label_map_that_changed_is_not_taken_for_the_one_before(labels, made, tm
     label = np.asarray(image.dataobj).copy()
     label[tuple(np.argwhere(label == 2)[0])] = 3
     nib.save(nib.Nifti1Image(label, image.affine), tmp_path / "A.nii.gz")
-    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: is there already and isn't"):
+    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: already exists and isn't"):
         synthesize(str(tmp_path), str(directory))
 
 

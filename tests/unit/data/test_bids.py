@@ -211,7 +211,7 @@ def test_files_where_they_can_not_belong(tmp_path):
     for folder, message in (
         ("a", "sub-2_T1w.nii.gz: its name says sub-2, its folder sub-1"),
         ("b", "its name says sub-1, its folder sub-1_ses-a"),
-        ("c", r"sub-1_T2w.nii.gz: .*sub-1_T2w.nii is there as well"),
+        ("c", r"sub-1_T2w.nii.gz: .*sub-1_T2w.nii exists as well"),
     ):
         touch(tmp_path / folder, *pair("sub-2_ses-a"), *pair("sub-3"))
         subjects, left_out = find_bids_subjects(str(tmp_path / folder))
@@ -221,7 +221,7 @@ def test_files_where_they_can_not_belong(tmp_path):
         assert re.search(message, str(reason))
         with pytest.raises(InputError, match=message):
             Dataset(str(tmp_path / folder)).require_good()
-    with pytest.raises(InputError, match=r"subject-1-T1.nii: lies in a BIDS dataset, but isn't named so"):
+    with pytest.raises(InputError, match=r"subject-1-T1.nii: has no BIDS name, but lies in a BIDS dataset"):
         Dataset(str(tmp_path / "d")).require_good()
 
 
@@ -236,7 +236,7 @@ def test_bad_session_among_good_ones(tmp_path, caplog):
 
     misplaced, twice = Dataset(str(tmp_path)).reasons_bad(None)
     assert "its name says sub-1_ses-a, its folder sub-1_ses-b" in misplaced
-    assert "is there as well" in twice
+    assert "exists as well" in twice
     assert chosen(None) == ["sub-1_ses-a", "sub-4"]
     assert list(Dataset(str(tmp_path)).reasons_left_out(None)) == ["sub-3"]
     assert (chosen("1"), chosen(["1", "sub-2"]), chosen(["2", 4])) == (["sub-1_ses-a"], ["sub-1_ses-a"], ["sub-4"])
@@ -254,7 +254,7 @@ def test_folder_or_json_file_that_can_not_be_read(open_folder, as_nobody, closed
         subjects, left_out = find_bids_subjects(str(open_folder))
     assert list(names(subjects)) == ["sub-2"]
     (reason,) = left_out.values()
-    assert re.search(rf"^{open_folder}/{closed}: can't be read.*; allow it, or take the", str(reason))
+    assert re.search(rf"^{open_folder}/{closed}: can't be read.*; allow it, or remove the", str(reason))
 
 
 def test_training_and_scoring_take_the_other_layout(tmp_path):

@@ -144,7 +144,7 @@ def test_folder_that_can_not_be_read(open_folder, as_nobody):
     touch(open_folder, "subject-1-T1.nii", "subject-1-T2.nii", "more/subject-2-T1.nii", "lost+found/x")
     for folder in ("more", "lost+found"):
         (open_folder / folder).chmod(0)
-    told = f"{open_folder}/more: can't be read (Permission denied); allow it, or take the folder away"
+    told = f"{open_folder}/more: can't be read (Permission denied); allow it, or remove the folder"
     with as_nobody():
         with pytest.raises(InputError, match=re.escape(told)):
             Dataset(str(open_folder)).require_good()
@@ -171,9 +171,7 @@ def test_output_among_the_subjects(tmp_path):
     for output in ("", "labels", "data-labels"):
         require_apart(str(tmp_path / "data"), str(tmp_path / output))
     for output in ("labels", "label", "."):
-        with pytest.raises(
-            InputError, match=r"is where true labels of .*/images would lie, and segmentations would be"
-        ):
+        with pytest.raises(InputError, match=r"is a folder for true labels of .*/images, and segmentations would be"):
             require_apart(str(tmp_path / "images"), str(tmp_path / output))
     for output in ("segmentations", "labels/first", "images-labels"):
         require_apart(str(tmp_path / "images"), str(tmp_path / output))

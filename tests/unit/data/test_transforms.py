@@ -69,7 +69,7 @@ def test_one_file_of_t1_and_t2(tmp_path, axes):
 @pytest.mark.parametrize("count", [3, 4])
 def test_file_of_more_than_two_volumes(tmp_path, count):
     save_volume(tmp_path / "more.nii.gz", np.stack([VALUES] * count, axis=-1))
-    with pytest.raises(InputError, match=f"more.nii.gz: holds {count} volumes, not two; give T1 and T2, in this order"):
+    with pytest.raises(InputError, match=f"more.nii.gz: has {count} volumes, not two; give T1 and T2, in this order"):
         LoadSubjectd()({"image": str(tmp_path / "more.nii.gz")})
 
 
