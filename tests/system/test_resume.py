@@ -40,7 +40,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninte
 @pytest.mark.slow
 def test_nothing_to_resume_starts_at_the_first_epoch(dataset, tmp_path, uninterrupted, capsys):
     assert train_in_process(dataset, tmp_path, resume=True) == uninterrupted[1]
-    assert f"{tmp_path}/last.pt isn't there: training starts at the first epoch" in capsys.readouterr().out
+    assert f"{tmp_path}/last.pt doesn't exist: training starts at the first epoch" in capsys.readouterr().out
 
 
 def test_finished_training_has_nothing_left_to_do(dataset, tmp_path, uninterrupted):
