@@ -5,6 +5,8 @@ import logging
 import os
 import re
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 
 from tqdm import tqdm
@@ -63,13 +65,34 @@ def ran_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError)
 
 
+def reason_of(error: BaseException) -> str:
+    """Return the message of an error in one line."""
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def refuse_damaged(source: str, remedy: str) -> Iterator[None]:
+    """Raise InputError if reading `source` fails within the block; libraries' errors depend on where a file is damaged.
+
+    InputError and a lack of memory pass unchanged.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if ran_out_of_memory(error):
+            raise
+        raise InputError(f"{source}: can't be read ({reason_of(error)}); {remedy}") from error
+
+
 def one_line_of(error: BaseException) -> str | None:
     """Return the line to show for an error, or None if it may be a fault of the program and needs its traceback."""
     if input_error := input_error_in(error):
         return f"error: {input_error}"
     while error.__cause__:  # MONAI wraps the errors of its components
         error = error.__cause__
-    reason = " ".join(str(error).split())
+    reason = reason_of(error)
     if isinstance(error, KeyboardInterrupt):
         return "stopped from the keyboard; finished files are kept; resume a training by --resume True"
     if ran_out_of_memory(error):

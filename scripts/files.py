@@ -12,7 +12,7 @@ import nibabel as nib
 from nibabel.filebasedimages import ImageFileError
 from nibabel.spatialimages import HeaderDataError
 
-from scripts.errors import UNWRITABLE, InputError
+from scripts.errors import UNWRITABLE, InputError, reason_of
 
 ROOT = Path(__file__).parents[1]  # the folder of the bundle
 UNFINISHED = ".unfinished-"
@@ -44,9 +44,8 @@ def whole_files(directory: str | Path) -> Iterator[Path]:
         # a folder may have the name of a file to write, or the reverse
         expected = {*UNWRITABLE, errno.EISDIR, errno.EEXIST}
         if getattr(error, "errno", None) in expected or "inline_container" in str(error):  # torch's own file writer
-            reason = " ".join(str(error).split())
             raise InputError(
-                f"{directory}: can't be written ({reason}); make room or allow it, or choose another folder"
+                f"{directory}: can't be written ({reason_of(error)}); make room or allow it, or choose another folder"
             ) from error
         raise
 

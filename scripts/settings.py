@@ -13,7 +13,7 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS, ID_SEP_KEY
 
-from scripts.errors import InputError
+from scripts.errors import InputError, refuse_damaged
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
@@ -55,11 +55,8 @@ def _names_at(config: ConfigParser, parent: str) -> set[str]:
 
 def _read_settings(option: str, files: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
     """The settings that `read` returns for the files of an option; InputError if they aren't settings by name."""
-    try:
+    with refuse_damaged(f"--{option} {files}", "correct it or copy it again"):
         settings = read(files)
-    except Exception as error:  # the kind depends on where the file is damaged
-        reason = " ".join(str(error).split())
-        raise InputError(f"--{option} {files}: can't be read ({reason}); correct it or copy it again") from error
     if not isinstance(settings, dict):
         raise InputError(f"--{option} {files}: has no settings by name; write them as in configs/train.json")
     return settings

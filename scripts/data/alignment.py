@@ -67,7 +67,7 @@ def not_registered(t1: np.ndarray, t2: np.ndarray, sizes: np.ndarray) -> str | N
         for move in moves
     ]
     t1, moved = t1[crops[0]], [t2[crop] for crop in crops]
-    # not the edge of a stripped T2: it tells how the masks agree, not the tissues
+    # leave out the edge of a stripped T2, which depends on the masks and not on the tissues
     inside = (t1 > 0) & np.all([valid[crop] for crop in crops], axis=0)
     if np.count_nonzero(inside) < FEWEST_VOXELS:
         return None

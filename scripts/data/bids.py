@@ -103,44 +103,50 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
         if t2s and not t1s:
             left_out[session] = "has no T1w"
         for t1 in t1s:
-            t2 = _partner(t1, t1s, t2s)
-            own_masks = _masks_of(t1, masks)
-            mask = own_masks[0] if own_masks else None
-            try:
-                stripped = mask or not any(_marked_unstripped(scan.path) for scan in (t1, t2) if scan)
-            except InputError as error:
-                left_out[t1.subject] = error
+            t2, own_masks = _partner(t1, t1s, t2s), _masks_of(t1, masks)
+            if reason := _reason_to_leave_out(t1, t2, own_masks, (*t1s, *t2s)):
+                left_out[t1.subject] = reason
                 continue
-            if t2 is None:
-                names = ", ".join(scan.path.name for scan in (*t1s, *t2s))
-                left_out[t1.subject] = (
-                    f"has no T2w that is clearly its own in {names}; name the two alike" if t2s else "has no T2w"
-                )
-            elif len(own_masks) > 1:
-                left_out[t1.subject] = (
-                    f"has {' and '.join(scan.path.name for scan in own_masks)}; keep the one on the grid of "
-                    f"{t1.path.name}, or name it like that scan: with its space-, or without one"
-                )
-            elif not mask and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
-                left_out[t1.subject] = (
-                    f"has only one of {t1.path.name} and {t2.path.name} as desc-brain; strip both scans, or put a mask "
-                    "beside them, named like the T1w but desc-brain_mask"
-                )
-            elif not stripped:
-                left_out[t1.subject] = (
-                    "isn't skull-stripped, as its .json says; put a mask beside it, named like the T1w but "
-                    "desc-brain_mask, or a skull-stripped T1w and T2w named desc-brain"
-                )
-            else:
-                subject: BidsSubject = {
-                    "subject": t1.subject,
-                    "image": [str(t1.path), str(t2.path)],
-                    "anat": anat.relative_to(root).as_posix(),
-                }
-                if mask:
-                    subject["mask"] = str(mask.path)
-                subjects.append(subject)
+            subject: BidsSubject = {
+                "subject": t1.subject,
+                "image": [str(t1.path), str(t2.path)],
+                "anat": anat.relative_to(root).as_posix(),
+            }
+            if own_masks:
+                subject["mask"] = str(own_masks[0].path)
+            subjects.append(subject)
     return subjects, left_out
+
+
+def _reason_to_leave_out(
+    t1: _Scan, t2: _Scan | None, masks: Collection[_Scan], scans: Collection[_Scan]
+) -> str | InputError | None:
+    """Why a T1w with its T2w and masks isn't a subject; `scans` are all T1w and T2w of the session."""
+    try:
+        unstripped = not masks and any(_marked_unstripped(scan.path) for scan in (t1, t2) if scan)
+    except InputError as error:
+        return error
+    if t2 is None and all(scan.suffix == "T1w" for scan in scans):
+        return "has no T2w"
+    if t2 is None:
+        names = ", ".join(scan.path.name for scan in scans)
+        return f"has no T2w that is clearly its own in {names}; name the two alike"
+    if len(masks) > 1:
+        return (
+            f"has {' and '.join(scan.path.name for scan in masks)}; keep the one on the grid of {t1.path.name}, or "
+            "name it like that scan: with its space-, or without one"
+        )
+    if not masks and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
+        return (
+            f"has only one of {t1.path.name} and {t2.path.name} as desc-brain; strip both scans, or put a mask beside "
+            "them, named like the T1w but desc-brain_mask"
+        )
+    if unstripped:
+        return (
+            "isn't skull-stripped, as its .json says; put a mask beside it, named like the T1w but desc-brain_mask, or "
+            "a skull-stripped T1w and T2w named desc-brain"
+        )
+    return None
 
 
 def _can_be_read(folder: Path) -> bool:

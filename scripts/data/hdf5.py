@@ -5,7 +5,7 @@ import numpy as np
 
 from scripts.data.checks import require_found_brain
 from scripts.data.volumes import LONGEST_SIDE
-from scripts.errors import InputError, ran_out_of_memory
+from scripts.errors import InputError, refuse_damaged
 from scripts.tissues import tissue_labels
 
 
@@ -48,16 +48,8 @@ def read_hdf5(path: str) -> tuple[np.ndarray, np.ndarray]:
         InputError: the file can't be read whole, has another layout, refers to other files, has NaN or infinite values,
             or as `tissue_labels` and `require_found_brain`.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            data, label = _hdf5_values(file, "data", channels=2), _hdf5_values(file, "label", channels=1)
-    except InputError:
-        raise
-    except Exception as error:  # the kind depends on where the file is damaged
-        if ran_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: can't be read ({reason}); copy or prepare the file again") from error
+    with refuse_damaged(path, "copy or prepare the file again"), h5py.File(path, "r") as file:
+        data, label = _hdf5_values(file, "data", channels=2), _hdf5_values(file, "label", channels=1)
     if label.shape[1:] != data.shape[1:]:
         raise InputError(f"{path}: shape {label.shape} of 'label' doesn't fit {data.shape} of 'data'; prepare it again")
     with np.errstate(over="ignore", invalid="ignore"):  # values too large for float32 are refused below

@@ -25,7 +25,7 @@ from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 from scripts.data.bids import needed_files
-from scripts.errors import UNWRITABLE, InputError, require_path
+from scripts.errors import UNWRITABLE, InputError, reason_of, require_path
 from scripts.files import UNFINISHED, is_hidden, whole_files
 
 logger = logging.getLogger(__name__)
@@ -306,7 +306,7 @@ class StoredFolder:
 
 
 def _text(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason_of(error) or type(error).__name__
 
 
 def _md5(path: Path) -> str:

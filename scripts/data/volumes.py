@@ -12,7 +12,7 @@ from nibabel.fileholders import FileHolder
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
 
-from scripts.errors import InputError, ran_out_of_memory
+from scripts.errors import InputError, refuse_damaged
 
 # limits of brain scans, so that a damaged or hostile file can't fill the memory
 LONGEST_SIDE = 512  # mm; voxels in HDF5, whose voxels have 1 mm
@@ -46,15 +46,8 @@ def read_volumes(source: str | SpatialImage, kind: str = "image") -> tuple[np.nd
         InputError: the file can't be read whole, has NaN or infinite values, or as `require_brain_scan`.
     """
     path = name_of(source, kind)
-    try:
+    with refuse_damaged(path, "copy or convert the file again"):
         image, values = _image_and_values(source, path)
-    except InputError:
-        raise
-    except Exception as error:  # the kind depends on where the file is damaged
-        if ran_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: can't be read ({reason}); copy or convert the file again") from error
     if not np.isfinite(values).all():
         raise InputError(f"{path}: has NaN or infinite values; replace them, outside the brain by 0")
     # a view, since values on disk are in Fortran's order
