@@ -39,6 +39,12 @@ def _first_random(transform: Compose) -> int | None:
     return transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait))
 
 
+def _prepared_bytes(item: Any, transform: Compose) -> int:
+    """Memory of a subject after the transforms before the first random one."""
+    prepared = transform(item, end=_first_random(transform))
+    return sum(value.nbytes for value in prepared.values() if isinstance(value, torch.Tensor))
+
+
 class PatchDraw(int):
     """The index of a subject, with the seed for the random transforms of one patch."""
 
@@ -95,8 +101,7 @@ def cached_dataset(
         )
         data = fallback
     if in_memory is None:
-        first = transform(data[0], end=_first_random(transform)) if data else {}
-        needed = len(data) * sum(value.nbytes for value in first.values() if isinstance(value, torch.Tensor))
+        needed = len(data) * _prepared_bytes(data[0], transform) if data else 0
         available = available_memory(torch.device("cpu"))
         in_memory = needed <= available / 2
         if not in_memory:

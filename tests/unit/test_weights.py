@@ -128,9 +128,7 @@ def test_checkpoints_that_a_setting_names(tmp_path):
     assert checkpoint_paths(["not/there.pt", pattern]) == ["not/there.pt", one, ten, two]
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"), [("cv/fold-*/model.pt", r"cv/fold-\*/model.pt: no"), ([], "is empty")]
-)
+@pytest.mark.parametrize(("setting", "message"), [("cv/fold-*/model.pt", r"cv/fold-\*/model.pt: no"), ([], "is empty")])
 def test_checkpoints_that_name_none(setting, message):
     with pytest.raises(InputError, match=message):
         checkpoint_paths(setting)
