@@ -9,7 +9,7 @@ import torch
 from scripts.errors import InputError, ran_out_of_memory
 from scripts.transforms import Tissue
 
-# as tested; also in requirements-dev.txt
+# as tested; also in requirements/dev.txt
 ONNXRUNTIME = "onnxruntime==1.32.0"
 
 logger = logging.getLogger(__name__)

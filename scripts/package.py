@@ -18,9 +18,9 @@ WEIGHTS = "models/model.pt"
 # by name, so that nothing else that lies in these folders gets in
 CONTENTS = (
     "LICENSE",
-    "requirements-hashed.txt",
-    "requirements-monailabel-no-deps.txt",
-    "requirements-monailabel.txt",
+    "requirements/hashed.txt",
+    "requirements/monailabel-no-deps.txt",
+    "requirements/monailabel.txt",
     "requirements.txt",
     "configs/comparison.json",
     "configs/demo.json",
