@@ -20,16 +20,15 @@ mkdir -p "$tree"
 tree=$(cd "$tree" && pwd)
 
 timed() {
-    local title=$1 started=$SECONDS
+    local TIMEFORMAT="$release: $1 took %0lR (processor time %0lU)"
     shift
-    "$@"
-    printf '%s: %s took %d min %d s\n' "$release" "$title" $(((SECONDS - started) / 60)) $(((SECONDS - started) % 60))
+    time "$@"
 }
 
 if [ ! -e "$tree/etc/debian_version" ]; then
-    timed "making the tree" debootstrap --variant=minbase --include=python3,python3-venv,make,git "$release" "$tree" \
-        > "$tree/debootstrap.txt" || { tail -n 1 "$tree/debootstrap.txt" >&2; exit 1; }
-    tail -n 1 "$tree/debootstrap.txt"
+    packages=python3,python3-venv,make,git
+    debootstrap --variant=minbase --include=$packages "$release" "$tree" > "$tree/debootstrap.txt" ||
+        { tail -n 1 "$tree/debootstrap.txt" >&2; exit 1; }
 fi
 rm -rf "$tree/root/clone"
 git clone --quiet --no-local "$repository" "$tree/root/clone"
