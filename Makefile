@@ -7,7 +7,7 @@ PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
 STEP := @sh tools/step.sh
 
-.PHONY: demo bench test test-slow test-gpu test-monailabel test-all lint weights package
+.PHONY: demo bench test test-unit test-slow test-gpu test-monailabel test-all lint weights package
 
 # phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
 demo: demo/.segmented
@@ -43,9 +43,13 @@ bench: $(VENV)/.installed
 	$(PY) -m scripts bench
 
 # two tests at a time, so each computes on one core: more threads than cores wait for one another
-test test-slow: export OMP_NUM_THREADS := 1
+test test-unit test-slow: export OMP_NUM_THREADS := 1
 # a GPU rounds otherwise than these tests allow
-test test-slow test-monailabel: export CUDA_VISIBLE_DEVICES :=
+test test-unit test-slow test-monailabel: export CUDA_VISIBLE_DEVICES :=
+
+# the loop of a person who edits: the modules, without commands, servers and other processes
+test-unit: $(VENV)/.installed-dev
+	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile tests/unit
 
 test: $(VENV)/.installed-dev
 	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
@@ -57,12 +61,12 @@ test-slow: $(VENV)/.installed-dev
 
 # what is computed on an NVIDIA GPU; skipped where there is none
 test-gpu: $(VENV)/.installed-dev
-	$(PY) -m pytest tests/test_gpu.py
+	$(PY) -m pytest tests/system/test_gpu.py
 
 # a real MONAI Label server with the bundle, in an environment of its own; without it the tests would be skipped
 test-monailabel: $(VENV)-monailabel/.installed
 	$(VENV)-monailabel/bin/python -W ignore -c "import monailabel"
-	$(VENV)-monailabel/bin/python -m pytest -m monailabel tests/test_monailabel.py
+	$(VENV)-monailabel/bin/python -m pytest -m monailabel tests/system/test_monailabel.py
 
 test-all: test test-slow
 

@@ -1,72 +1,80 @@
 """`python -m scripts COMMAND`: the commands that MONAI's bundle commands don't cover."""
 
+import ast
+import difflib
 import inspect
 import sys
 from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
 
 import fire
 
-from scripts.bench import bench
-from scripts.compare_recipes import compare_recipes
-from scripts.cross_validation import cross_validate, gather_folds
 from scripts.errors import InputError, show_input_errors_in_one_line
-from scripts.hdf5 import prepare_hdf5
-from scripts.import_weights import import_weights
-from scripts.package import package
-from scripts.phantom import phantom
-from scripts.robustness import robustness
-from scripts.submission import submission
-from scripts.synthesize import synthesize
-from scripts.workflow import given_options, nearest
 
+# module in scripts/commands/ by command; imported only to run the command, since most modules import torch and MONAI
 COMMANDS = {
-    "phantom": phantom,
-    "synthesize": synthesize,
-    "prepare_hdf5": prepare_hdf5,
-    "import_weights": import_weights,
-    "cross_validate": cross_validate,
-    "gather_folds": gather_folds,
-    "submission": submission,
-    "package": package,
-    "robustness": robustness,
-    "compare_recipes": compare_recipes,
-    "bench": bench,
+    **{name: name for name in ("phantom", "synthesize", "prepare_hdf5", "import_weights", "cross_validate")},
+    "gather_folds": "cross_validate",
+    **{name: name for name in ("submission", "package", "robustness", "compare_recipes", "bench")},
 }
 
 
-def refuse_unknown_options(arguments: list[str]) -> None:
-    """Refuse a misspelt option before the command runs; `fire` would complain only afterwards.
+def overview() -> str:
+    """Return the help text: each command with the first line of its docstring, read without importing it."""
+    lines = ["usage: python -m scripts COMMAND [OPTIONS]", "       python -m scripts COMMAND --help", "", "commands:"]
+    for name, module in COMMANDS.items():
+        source = Path(__file__).with_name("commands").joinpath(f"{module}.py").read_text(encoding="utf-8")
+        functions = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef))
+        docstring = next(ast.get_docstring(function) for function in functions if function.name == name)
+        lines.append(f"  {name:16}{docstring.splitlines()[0]}")
+    return "\n".join(lines)
 
-    A command with `**settings` looks at them itself: they are those of a config.
+
+def refuse_unknown_options(name: str, command: Callable[..., None], arguments: list[str]) -> None:
+    """Refuse misspelt options before the command runs; `fire` complains only afterwards.
+
+    A command with `**settings` checks these itself, against a config.
 
     Raises:
-        InputError: an option isn't known, with the nearest known one, or is a URL.
+        InputError: an option is unknown, with the nearest known one, or its value is a URL.
     """
-    command = COMMANDS.get(arguments[0]) if arguments else None
-    if command is None:
-        return
-    options = given_options(arguments[1:])
-    for name, value in options.items():
+    from scripts.settings import given_options, nearest  # imports MONAI
+
+    options = given_options(arguments)
+    for option, value in options.items():
         if "://" in str(value):
-            raise InputError(f"--{name} {value}: {arguments[0]} takes paths, not URLs; copy the files first")
+            raise InputError(f"--{option} {value}: {name} takes paths, not URLs; copy the files first")
     known = inspect.signature(command).parameters
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
         return
-    for name in options:
-        if name not in known and name != "help":
-            hint = nearest(name, known) or ", --".join(known)
-            raise InputError(f"--{name}: no such option of {arguments[0]}; did you mean --{hint}?")
+    for option in options:
+        if option not in known and option != "help":
+            hint = nearest(option, known) or ", --".join(known)
+            raise InputError(f"--{option}: no such option of {name}; did you mean --{hint}?")
 
 
 def take_text_as_it_is(command: Callable[..., None]) -> None:
-    """Let `fire` leave the options of a command alone that are text: it would make a number of the folder 2024."""
+    """Stop `fire` from parsing the values of text options: it would turn a folder called 2024 into a number."""
     texts = [name for name, option in inspect.signature(command).parameters.items() if option.annotation is str]
     fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)
 
 
+def main(arguments: list[str]) -> None:
+    """Run the command that the arguments begin with, or print an overview of all commands."""
+    name = arguments[0] if arguments else "--help"
+    if name in ("-h", "--help", "help", "--"):
+        print(overview())
+        return
+    if name not in COMMANDS:
+        hint = difflib.get_close_matches(name, COMMANDS, n=1, cutoff=0.5) or [", ".join(COMMANDS)]
+        raise InputError(f"{name}: no such command; did you mean {hint[0]}?")
+    command = getattr(import_module(f"scripts.commands.{COMMANDS[name]}"), name)
+    refuse_unknown_options(name, command, arguments[1:])
+    take_text_as_it_is(command)
+    fire.Fire({name: command}, command=arguments, name="python -m scripts")
+
+
 if __name__ == "__main__":
     show_input_errors_in_one_line()
-    refuse_unknown_options(sys.argv[1:])
-    for each in COMMANDS.values():
-        take_text_as_it_is(each)
-    fire.Fire(COMMANDS, name="python -m scripts")
+    main(sys.argv[1:])

@@ -10,30 +10,12 @@ from pathlib import Path
 from typing import TextIO, TypeVar
 
 import ignite.distributed as idist
-import torch
 import torch.distributed
 from torch import nn
 
-from scripts.errors import InputError
+from scripts.errors import OneLineErrorsLeftOut
 
 Item = TypeVar("Item")
-
-
-def own_device() -> torch.device:
-    """The accelerator that PyTorch finds, of several the one of this process's rank on its machine; else the CPU."""
-    if not torch.accelerator.is_available():
-        return torch.device("cpu")
-    kind = torch.accelerator.current_accelerator().type
-    return torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
-
-
-def require_device(device: torch.device | str) -> None:
-    """Refuse, by InputError, a device that torch doesn't know, that this machine hasn't or that can't be used."""
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # each kind of device has its own
-        reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: can't be used ({reason}); give one like cpu or cuda:0") from error
 
 
 def own_rank() -> int:
@@ -84,6 +66,7 @@ def join(output_dir: str, device: torch.device | str) -> None:
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     log = (Path(output_dir) / f"rank-{rank}.log").open("a", buffering=1)
     handler = logging.StreamHandler(log)
+    handler.addFilter(OneLineErrorsLeftOut())
     handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
     if rank == 0:
         sys.stdout = _Tee(sys.stdout, log)

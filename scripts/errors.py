@@ -1,12 +1,12 @@
 """What a person sees when something is wrong with what they gave."""
 
 import errno
+import logging
 import os
 import re
 import sys
 from types import TracebackType
 
-from ignite.engine import Engine, Events
 from tqdm import tqdm
 
 UNWRITABLE = {
@@ -100,17 +100,15 @@ def _show(kind: type[BaseException], error: BaseException, traceback: TracebackT
         print(line, file=sys.stderr)
 
 
+class OneLineErrorsLeftOut(logging.Filter):
+    """Drop log records of errors that end the process in one line; MONAI's handlers log them with their traceback."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and record.exc_info[1] and one_line_of(record.exc_info[1]))
+
+
 def show_input_errors_in_one_line() -> None:
-    """From here on what `one_line_of` knows ends the process with that line; other errors keep their traceback."""
+    """From here on, end the process with one line for errors that `one_line_of` knows; others keep their traceback."""
     sys.excepthook = _show
-
-
-class InputErrorsPass:
-    """Handler that lets what `one_line_of` knows out of an engine before MONAI's handlers log it with its traceback."""
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EXCEPTION_RAISED, self.let_out)
-
-    def let_out(self, error: BaseException) -> None:
-        if one_line_of(error):
-            raise error
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(OneLineErrorsLeftOut())

@@ -12,7 +12,7 @@ from torch import nn
 
 
 class DenseLayer(nn.Sequential):
-    """BN-ReLU-1x1x1 conv (bottleneck), BN-ReLU-3x3x3 conv, dropout; its input is concatenated in front of its output.
+    """BN-ReLU-1x1x1 conv (bottleneck), BN-ReLU-3x3x3 conv, dropout; the result is appended to the input.
 
     Shapes: (B, in_features, X, Y, Z) -> (B, in_features + growth_rate, X, Y, Z).
     """
@@ -32,14 +32,14 @@ class DenseLayer(nn.Sequential):
         )
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
-        # spelt out: TorchScript can't call Sequential.forward through super()
+        # written out: TorchScript can't call Sequential.forward through super()
         new = self.conv1(self.relu1(self.norm1(features)))
         new = self.dropout(self.conv2(self.relu2(self.norm2(new))))
         return torch.cat((features, new), dim=1)
 
 
 class DenseBlock(nn.Sequential):
-    """Dense layers in a row; each adds `growth_rate` features to what it got."""
+    """A sequence of dense layers; each adds `growth_rate` features to its input."""
 
     def __init__(self, num_layers: int, in_features: int, growth_rate: int, bn_size: int, dropout_prob: float) -> None:
         super().__init__(
@@ -51,7 +51,7 @@ class DenseBlock(nn.Sequential):
 
 
 class Transition(nn.Sequential):
-    """BN-ReLU-1x1x1 conv that halves the features, BN-ReLU-2x2x2 conv of stride 2 that halves the resolution."""
+    """BN-ReLU-1x1x1 conv, which halves the features, BN-ReLU-2x2x2 conv of stride 2, which halves the resolution."""
 
     def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__(
@@ -69,10 +69,10 @@ class Transition(nn.Sequential):
 class Upsampling(nn.ConvTranspose3d):
     """A transposed convolution of kernel `scale + 2`, stride `scale` and padding 1, computed as a convolution.
 
-    Each cell between 2x2x2 voxels of the input is convolved to all scale^3 voxels of the output around its centre,
-    which are then put in their places. On a CPU a pass without gradients takes a fifth to two thirds of the time of a
-    transposed convolution, but for the two coarsest branches of the paper's variant in float32; results differ by
-    rounding. With gradients it gains at scale 2 and in grouped bfloat16, and loses at scale 4 if not grouped.
+    The convolution computes, for each cell between 2x2x2 input voxels, all scale^3 output voxels around its centre;
+    these are then moved into place. On a CPU, a pass without gradients takes a fifth to two thirds of the time of a
+    transposed convolution, except in the two coarsest branches of the paper's variant in float32. With gradients it is
+    faster at scale 2 and in grouped bfloat16, and slower at scale 4 without groups. Results differ by rounding.
 
     Shapes: (B, in_features, X, Y, Z) -> (B, out_features, X * scale, Y * scale, Z * scale).
     """
@@ -86,11 +86,11 @@ class Upsampling(nn.ConvTranspose3d):
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         scale, groups = self.scale, self.groups
         inputs, outputs = self.in_channels // groups, self.out_channels // groups
-        # the taps of both voxels of a cell, along each axis: the second one's come first
+        # the taps of both voxels of a cell along each axis; those of the second voxel come first
         weight = nn.functional.pad(self.weight, [scale // 2 - 1] * 6)
         weight = weight.reshape(groups, inputs, outputs, 2, scale, 2, scale, 2, scale).flip(3, 5, 7)
         weight = weight.permute(0, 4, 6, 8, 2, 1, 3, 5, 7).reshape(-1, inputs, 2, 2, 2)
-        # features last, as they lie in memory in the faster layout
+        # features last: their place in memory in the faster layout
         cells = nn.functional.conv3d(features, weight, padding=1, groups=groups).permute(0, 2, 3, 4, 1)
         batch, x, y, z = cells.shape[:4]
         cells = cells.reshape(batch, x, y, z, groups, scale, scale, scale, outputs)
@@ -102,27 +102,27 @@ class Upsampling(nn.ConvTranspose3d):
 class SkipDenseSeg(nn.Module):
     """Voxel-wise tissue logits from T1 and T2.
 
-    Module names are those of the authors' published checkpoints, which therefore load with `strict=True`. The
-    defaults are the compact variant (466,320 parameters); the paper's (1,552,256 parameters) is
-    `block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True`.
+    Modules have the names of the authors' published checkpoints, which therefore load with `strict=True`. The
+    defaults give the compact variant (466,320 parameters);
+    `block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True` gives the paper's (1,552,256 parameters).
 
-    Shapes: (B, in_channels, X, Y, Z) -> (B, out_channels, X, Y, Z), where X, Y and Z are multiples of `stride`:
-    2 for each dense block, so 4 for the compact variant and 16 for the paper's. Input: intensities normalised
-    to mean 0 and standard deviation 1 over the brain.
+    Shapes: (B, in_channels, X, Y, Z) -> (B, out_channels, X, Y, Z), where X, Y and Z are multiples of `stride`. Each
+    dense block doubles the stride: it is 4 for the compact variant and 16 for the paper's. Input: intensities
+    normalised to mean 0 and standard deviation 1 over the brain.
 
     Args:
         in_channels: channels of the input, T1 and T2.
         out_channels: number of classes, background included.
         init_features: features of the three convolutions at full resolution.
-        growth_rate: features that a dense layer adds.
+        growth_rate: features added by each dense layer.
         block_config: number of dense layers of each dense block.
-        bn_size: a bottleneck has `bn_size * growth_rate` features.
+        bn_size: features of a bottleneck, in units of `growth_rate`.
         dropout_prob: dropout probability at the end of each dense layer.
-        grouped_upsampling: whether each class is upsampled from its own share of the features.
+        grouped_upsampling: whether each class is upsampled from a separate group of features.
         bias: whether the transition's pooling and the classifier convolutions have a bias.
 
     Raises:
-        ValueError: when called with a spatial size that isn't a multiple of `stride`.
+        ValueError: on call, if a spatial size isn't a multiple of `stride`.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class SkipDenseSeg(nn.Module):
         super().__init__()
         self.stride: int = 2 ** len(block_config)
 
-        # full resolution; the last convolution's raw output is the first skip branch
+        # full resolution; the output of the last convolution is the first skip branch
         self.features = nn.Sequential(
             OrderedDict(
                 conv0=nn.Conv3d(in_channels, init_features, kernel_size=3, padding=1, bias=False),
@@ -168,7 +168,7 @@ class SkipDenseSeg(nn.Module):
             if i < len(block_config) - 1:
                 self.transit_blocks.append(Transition(num_features, num_features // 2, bias))
                 num_features //= 2
-            else:  # nothing follows the last block; Identity has no parameters and keeps the lists of one length
+            else:  # nothing follows the last block; Identity, without parameters, keeps both lists equally long
                 self.transit_blocks.append(nn.Identity())
 
         num_branch_features = init_features + out_channels * len(block_config)
@@ -184,7 +184,7 @@ class SkipDenseSeg(nn.Module):
         size = image.shape[2:]
         if size[0] % self.stride != 0 or size[1] % self.stride != 0 or size[2] % self.stride != 0:
             raise ValueError(
-                f"SkipDenseSeg takes spatial sizes that are multiples of {self.stride}, "
+                f"SkipDenseSeg needs spatial sizes that are multiples of {self.stride}, "
                 f"got {size[0]} x {size[1]} x {size[2]}"
             )
         full_resolution = self.features(image)

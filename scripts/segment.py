@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nibabel as nib
@@ -15,20 +14,18 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
-from scripts.distributed import require_device
 from scripts.errors import InputError, input_error_in, require_whole_numbers
-from scripts.metrics import tissue_volumes
-from scripts.transforms import VolumeInMemory
-from scripts.weights import CheckpointLoader
-from scripts.workflow import unknown_setting
+from scripts.files import ROOT
+from scripts.inference.averaging import CheckpointLoader
+from scripts.machine import require_device
+from scripts.results.metrics import tissue_volumes
+from scripts.settings import unknown_setting
 
-ROOT = Path(__file__).parents[1]
-# what of configs/inference.json is about the files of the command
-OF_THE_COMMAND = {
-    *("bundle_root", "dataset_dir", "local_dataset_dir", "output_dir", "local_output_dir", "subjects", "label_suffix"),
-    *("tracking_uri", "experiment_name", "run_name", "save_execute_config", "tracked_handlers"),
-    *("probabilities", "rank", "dataset", "dataloader", "handlers", "evaluator", "initialize", "run"),
-    *("stop_at_bad_subject", "bad_subjects"),
+# what of configs/inference.json says how a subject is segmented; all else is about the files of the command
+SETTINGS = {
+    *("ckpt_dir", "checkpoints", "device", "precision", "memory_format", "seed", "foreground_margin", "window_size"),
+    *("flips", "uncertainty", "dropout_samples"),
+    *("network_def", "network", "preprocessing", "inferer", "postprocessing"),
 }
 
 
@@ -49,10 +46,10 @@ class Segmentation:
 
     Attributes:
         label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, in the order of the axes of the T1; 0 where T1 is 0.
-        volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, as `scripts.metrics.tissue_volumes` has them.
+        volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, by `scripts.results.metrics.tissue_volumes`.
         probabilities: float32 (4, X, Y, Z) of background, CSF, GM and WM, which sum to 1.
         affine: 4 x 4, from voxels to RAS mm, that of the T1.
-        uncertainty: float32 (X, Y, Z) from 0 to 1 as `scripts.probabilities.PredictiveEntropyd` has it, or None if the
+        uncertainty: float32 (X, Y, Z) from 0 to 1 by `scripts.results.probabilities.PredictiveEntropyd`, or None if the
             setting `uncertainty` doesn't ask for it.
     """
 
@@ -73,7 +70,7 @@ class Segmenter:
             `uncertainty`, `precision`, `window_size`, `device` and so on.
 
     Raises:
-        InputError: a setting isn't known or can't be, or as `scripts.weights.CheckpointLoader`.
+        InputError: a setting isn't known or can't be, or as `scripts.inference.averaging.CheckpointLoader`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -81,7 +78,7 @@ class Segmenter:
         for name in settings:
             if hint := unknown_setting(name, config):
                 raise InputError(f"{name}: no such setting; {hint.replace('--', '')}")
-            if ReferenceResolver.split_id(name)[0] in OF_THE_COMMAND:
+            if ReferenceResolver.split_id(name)[0] not in SETTINGS:
                 raise InputError(f"{name}: is a setting of the command, which reads and writes folders; leave it out")
         config.update({"bundle_root": str(ROOT), "probabilities": True, **settings})
         # a new network draws its weights at random, which the checkpoint then replaces
@@ -138,14 +135,16 @@ def segment(
         settings: as `Segmenter` takes them.
 
     Raises:
-        InputError: as `Segmenter`, `scripts.transforms.LoadSubjectd` and `NormalizeByT1Maskd`, or an array comes
+        InputError: as `Segmenter`, `scripts.data.transforms.LoadSubjectd` and `NormalizeByT1Maskd`, or an array comes
             without an affine or the reverse.
     """
     return Segmenter(**settings)(t1, t2, affine)
 
 
-def _volume(volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str) -> str:
-    """A volume as `scripts.transforms.LoadSubjectd` takes it; `name` is what messages call it if it has no path."""
+def _volume(
+    volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str
+) -> str | SpatialImage:
+    """A volume as `scripts.data.transforms.LoadSubjectd` takes it; `name` stands for its path in messages."""
     in_memory = not isinstance(volume, str | os.PathLike)
     if in_memory and not isinstance(volume, SpatialImage):
         volume = _image(volume, affine, name)
@@ -160,9 +159,7 @@ def _volume(volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: A
         return path
     if volume.affine is None:
         raise InputError(f"{name}: the image has no affine; make it with one")
-    named = VolumeInMemory(volume.get_filename() or name)
-    named.image = volume
-    return named
+    return volume
 
 
 def _image(values: ArrayLike, affine: ArrayLike | None, name: str) -> nib.Nifti1Image:

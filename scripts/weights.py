@@ -2,39 +2,42 @@
 
 import glob
 import hashlib
+import io
 import re
-import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import ignite.distributed as idist
 import torch
-from ignite.engine import Engine, Events
-from monai.engines import Evaluator
+from ignite.engine import Engine
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, ran_out_of_memory, require_path
-from scripts.exported import is_exported
-from scripts.writers import whole_files
 
 
-def read_checkpoint(path: str) -> Any:
-    """What `torch.save` wrote to a file, on the CPU; nothing in the file is run.
+def read_checkpoint(path: str, content: bytes | None = None) -> Any:
+    """Return what `torch.save` wrote to a file, on the CPU; nothing in the file is run.
+
+    Args:
+        path: the file.
+        content: its bytes, if they were read already.
 
     Raises:
         InputError: the file can't be read whole, or holds other Python objects than tensors, numbers and containers.
     """
     try:
-        if zipfile.is_zipfile(path):  # torch doesn't compare the checksums
-            with zipfile.ZipFile(path) as archive:
-                # torch packs nothing, and what is packed may take a thousand times its room
-                if sum(record.file_size for record in archive.infolist()) > Path(path).stat().st_size:
+        file = io.BytesIO(Path(path).read_bytes() if content is None else content)
+        if zipfile.is_zipfile(file):  # torch doesn't compare the checksums
+            with zipfile.ZipFile(file) as archive:
+                # torch doesn't compress, and compressed content may take a thousand times its room
+                if sum(record.file_size for record in archive.infolist()) > file.getbuffer().nbytes:
                     raise InputError(f"{path}: is packed, as no checkpoint is; save it again by torch.save")
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file.seek(0)
+        return torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except Exception as error:  # what torch raises for a damaged file depends on where the damage is
@@ -46,6 +49,34 @@ def read_checkpoint(path: str) -> Any:
                 f"have it saved again as a plain state dict"
             ) from error
         raise InputError(f"{path}: can't be read as a checkpoint; copy it again or train anew") from error
+
+
+def _version(path: str | Path) -> tuple[int, ...]:
+    """Numbers that change whenever a file is replaced or written."""
+    status = Path(path).stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+@lru_cache(maxsize=16)
+def _state_and_hash(path: str, version: tuple[int, ...]) -> tuple[Any, str]:
+    """A checkpoint's state dict, which must not be changed, and the file's SHA-256: each version is read once."""
+    content = Path(path).read_bytes()
+    state = read_checkpoint(path, content)
+    state = state.get("model", state) if isinstance(state, Mapping) else {}
+    return state, hashlib.sha256(content).hexdigest()
+
+
+@lru_cache(maxsize=16)
+def _hash(path: str, version: tuple[int, ...]) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def sha256(path: str | Path) -> str:
+    """Return the SHA-256 of a file; a file is read once for it, and a checkpoint not at all after it was loaded."""
+    try:
+        return _state_and_hash(str(path), _version(path))[1]
+    except InputError:  # an exported network, or anything else
+        return _hash(str(path), _version(path))
 
 
 def require_fit(state: Any, network: torch.nn.Module, path: str, remedy: str) -> None:
@@ -99,8 +130,7 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train first, or name another folder by --ckpt_dir")
-    state = read_checkpoint(path)
-    state = state.get("model", state) if isinstance(state, dict) else {}
+    state, _ = _state_and_hash(str(path), _version(path))
     require_fit(state, network, path, "set network_def to the network it was trained with")
     network.load_state_dict(state)
 
@@ -110,11 +140,10 @@ def holds(path: str | Path, network: torch.nn.Module) -> bool:
     if not Path(path).is_file():
         return False
     try:
-        state = read_checkpoint(str(path))
+        state, _ = _state_and_hash(str(path), _version(path))
     except InputError:
         return False
     weights = network.state_dict()
-    state = state.get("model", state) if isinstance(state, dict) else {}
     if not isinstance(state, Mapping) or state.keys() != weights.keys():
         return False
     found = ((_as_loaded(state[name], tensor), tensor.cpu()) for name, tensor in weights.items())
@@ -173,158 +202,6 @@ def starting_network(
     return network.to(device)
 
 
-class CheckpointLoader:
-    """Handler that loads a checkpoint by `load_weights` when the engine starts: the first, if several are named.
-
-    MONAI's federated client switches off what has `CheckpointLoader` in its name, to score the weights it was sent.
-
-    Args:
-        checkpoints: as `checkpoint_paths` takes them; `scripts.inferers.AveragingInferer` loads the others, and
-            exported networks wherever they stand.
-        network: takes the weights.
-
-    Raises:
-        InputError: when the engine starts, as `checkpoint_paths` and `load_weights`.
-    """
-
-    def __init__(self, checkpoints: str | Sequence[str], network: torch.nn.Module) -> None:
-        self.checkpoints = checkpoints
-        self.network = network
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.load)
-
-    def load(self) -> None:
-        first = checkpoint_paths(self.checkpoints)[0]
-        if not is_exported(first):
-            load_weights(self.network, first)
-
-
-def begins(engine: Engine) -> bool:
-    """Whether a trainer that starts has done nothing yet; MONAI's federated client starts it anew for each round."""
+def is_fresh_start(engine: Engine) -> bool:
+    """Whether a trainer that starts has done nothing yet; MONAI's federated client starts it again each round."""
     return engine.state.iteration == 0
-
-
-def _write(network: torch.nn.Module, path: Path) -> None:
-    with whole_files(path.parent) as temporary:
-        # on the CPU, so that whoever loads them needn't have a GPU
-        torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary / path.name)
-
-
-class BestWeightsSaver:
-    """Handler of an evaluator that writes the network each time its key metric is better than ever before.
-
-    MONAI's CheckpointSaver removes the former file and then writes the new one in place, so that a process that ends
-    between the two leaves none. Here what is under the name is always whole. What is that network already stays.
-
-    Args:
-        path: the checkpoint, a state dict.
-        network: whose weights are written.
-    """
-
-    def __init__(self, path: str, network: torch.nn.Module) -> None:
-        self.path = Path(path)
-        self.network = network
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
-
-    @idist.one_rank_only()
-    def save(self, engine: Engine) -> None:
-        if engine.state.best_metric_epoch == engine.state.epoch and not holds(self.path, self.network):
-            _write(self.network, self.path)
-
-
-class FoundWeightsValidator:
-    """Handler of a trainer that validates the checkpoint which training will replace, if training starts from it.
-
-    Then only a network that is better on the validation subjects replaces it. MONAI Label trains so.
-
-    Args:
-        path: the checkpoint, as `BestWeightsSaver` has it.
-        network: that is trained, its weights loaded by the time when training starts.
-        validator: the evaluator that has the `BestWeightsSaver`.
-    """
-
-    def __init__(self, path: str, network: torch.nn.Module, validator: Evaluator) -> None:
-        self.path = Path(path)
-        self.network = network
-        self.validator = validator
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.validate)
-
-    def validate(self, engine: Engine) -> None:
-        if begins(engine) and holds(self.path, self.network):
-            print(f"training starts from {self.path}, which stays unless a network is better than it")
-            self.validator.run()
-            self.validator.state.best_metric_epoch = 0  # it ran as epoch 1, which is yet to come
-
-
-class StepWeightsSaver:
-    """Handler of a trainer that writes the network as `step-<n>.pt` each so many steps and keeps the newest.
-
-    Args:
-        output_dir: the folder to write to.
-        network: whose weights are written.
-        interval: steps from one to the next.
-        keep: how many files stay, at least 1.
-        resume: whether such files may be there at the start, since they are this training's own.
-
-    Raises:
-        InputError: when training begins and isn't resumed, if the folder holds such files of an earlier one.
-    """
-
-    def __init__(self, output_dir: str, network: torch.nn.Module, interval: int, keep: int, resume: bool) -> None:
-        self.output_dir = Path(output_dir)
-        self.network = network
-        self.interval = interval
-        self.keep = keep
-        self.resume = resume
-
-    def attach(self, engine: Engine) -> None:
-        if not self.resume:
-            engine.add_event_handler(Events.STARTED, self.require_none)
-        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
-
-    def _steps(self) -> list[int]:
-        names = [re.fullmatch(r"step-([1-9]\d*)\.pt", path.name) for path in self.output_dir.glob("step-*.pt")]
-        return sorted(int(name[1]) for name in names if name)
-
-    def require_none(self, engine: Engine) -> None:
-        if begins(engine) and (steps := self._steps()):
-            raise InputError(
-                f"{self.output_dir}/step-{steps[0]}.pt: is of an earlier training; choose another --output_dir, "
-                f"or go on with that one by --resume True"
-            )
-
-    @idist.one_rank_only()
-    def save(self, engine: Engine) -> None:
-        _write(self.network, self.output_dir / f"step-{engine.state.iteration}.pt")
-        for step in self._steps()[: -self.keep]:
-            (self.output_dir / f"step-{step}.pt").unlink()
-
-
-class EarlierWeightsKeeper:
-    """Handler that, when training begins, copies the checkpoint that it will replace.
-
-    Args:
-        path: the checkpoint; the copy beside it is named after the content, so that none is kept twice.
-    """
-
-    def __init__(self, path: str) -> None:
-        self.path = Path(path)
-
-    def attach(self, engine: Engine) -> None:
-        engine.add_event_handler(Events.STARTED, self.keep)
-
-    @idist.one_rank_only()
-    def keep(self, engine: Engine) -> None:
-        if not begins(engine) or not self.path.is_file():
-            return
-        digest = hashlib.sha256(self.path.read_bytes()).hexdigest()[:8]
-        copy = self.path.with_name(f"{self.path.stem}-{digest}{self.path.suffix}")
-        if not copy.exists():
-            with whole_files(copy.parent) as temporary:
-                shutil.copy2(self.path, temporary / copy.name)
-        print(f"{self.path} will be replaced; its present content stays in {copy}")

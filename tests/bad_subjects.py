@@ -19,8 +19,8 @@ import numpy as np
 from nibabel.orientations import inv_ornt_aff
 from scipy.io import savemat
 
-from scripts.transforms import ISEG_VALUES
-from scripts.writers import write_analyze
+from scripts.results.label_images import write_analyze
+from scripts.tissues import ISEG_VALUES
 
 LAS = np.diag([-1.0, 1, 1, 1])
 # offsets in the headers of Analyze and NIfTI-1

@@ -1,0 +1,1 @@
+"""A module for each `python -m scripts COMMAND`, and what they share."""

@@ -1,0 +1,80 @@
+"""`python -m scripts synthesize`: subjects with T1, T2 and label, made from tissue label maps of real brains."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from tqdm import tqdm
+
+from scripts.errors import InputError, require_whole_numbers
+from scripts.files import made_already, whole_files
+from scripts.results.tables import markdown_table
+from scripts.synthesis.contrast import APPEARANCES, histogram_overlap, six_month_subject
+from scripts.synthesis.label_maps import find_label_maps, label_map_name, read_label_map, require_different_names
+from scripts.tissues import Tissue
+
+
+def synthesize(
+    labels_dir: str,
+    output_dir: str,
+    contrast: str = "nominal",
+    draws: int = 1,
+    seed: int = 0,
+    names: str | Sequence[str] | None = None,
+) -> None:
+    """Write subjects with T1, T2 and label from label maps: 6-month contrast on the shape of each brain.
+
+    A subject depends only on the seed, its name and its draw. It has the name of its label map, with `-2` and so on for
+    further draws. Existing files are kept. The command prints the histogram overlaps of new subjects.
+
+    Args:
+        labels_dir: label maps of skull-stripped brains (0 background, 1 CSF, 2 GM, 3 WM, or iSeg's values), with voxels
+            of about 1 mm and brains of about the size at 6 months.
+        output_dir: the folder to write to.
+        contrast: 'nominal', 'varied' or 'patchwork', see `scripts.synthesis.contrast`.
+        draws: number of subjects per label map.
+        seed: selects the images.
+        names: label maps to use, without suffix; all by default.
+
+    Raises:
+        InputError: a setting is out of range; as `find_label_maps` and `read_label_map`; or a file with one of the
+            names exists and isn't the same subject.
+    """
+    require_whole_numbers(1, draws=draws)
+    require_whole_numbers(0, seed=seed)
+    if contrast not in APPEARANCES:
+        raise InputError(f"--contrast {contrast}: must be {', '.join(APPEARANCES)}")
+    wanted = [(path, draw) for path in find_label_maps(labels_dir, names) for draw in range(draws)]
+    subjects = [label_map_name(path) + (f"-{draw + 1}" if draw else "") for path, draw in wanted]
+    require_different_names([path for path, _ in wanted], subjects)
+    rows = []
+    for (path, draw), subject in tqdm(list(zip(wanted, subjects, strict=True)), desc="synthetic subjects"):
+        brain = read_label_map(path)
+        files = {kind: Path(output_dir) / f"subject-{subject}-{kind}.nii.gz" for kind in ("T1", "T2", "label")}
+        content = hashlib.sha256(brain.label.tobytes()).hexdigest()[:12]
+        description = f"synthetic {contrast} seed {seed} draw {draw + 1} of label map {content}"
+        if made_already(files.values(), description):
+            continue
+        rng = np.random.default_rng([seed, draw, *brain.name.encode()])
+        volumes = six_month_subject(brain.label, APPEARANCES[contrast](brain.label, rng), rng)
+        with whole_files(output_dir) as temporary:
+            for kind, values in (volumes | {"label": brain.label}).items():
+                image = nib.Nifti1Image(values, brain.affine)
+                image.header.set_xyzt_units("mm")
+                image.header["descrip"] = description.encode()
+                nib.save(image, temporary / files[kind].name)
+        rows.append({"subject": subject} | _overlaps(volumes, brain.label))
+    if rows:
+        print(markdown_table(rows))
+    print(f"synthetic subjects: {len(wanted)} in {output_dir}, {len(rows)} of them new")
+
+
+def _overlaps(volumes: dict[str, np.ndarray], label: np.ndarray) -> dict[str, float]:
+    """Histogram overlaps of each pair of tissues in T1 and T2."""
+    return {
+        f"{kind} {first.name}/{second.name}": histogram_overlap(values[label == first], values[label == second])
+        for kind, values in volumes.items()
+        for first, second in ((Tissue.GM, Tissue.WM), (Tissue.CSF, Tissue.GM), (Tissue.CSF, Tissue.WM))
+    }

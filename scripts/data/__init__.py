@@ -1,0 +1,1 @@
+"""From a folder of subjects to the array that the network takes."""

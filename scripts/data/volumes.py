@@ -1,0 +1,216 @@
+"""Analyze and NIfTI volumes: read whole, and refused where they can't be a brain scan."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+from nibabel.fileholders import FileHolder
+from nibabel.openers import ImageOpener
+from nibabel.spatialimages import SpatialImage
+
+from scripts.errors import InputError, ran_out_of_memory
+
+# what is beyond these is no brain scan, and a damaged or hostile file must not fill the memory
+LONGEST_SIDE = 512  # mm; in HDF5, which is of 1 mm, voxels
+VOXEL_SIZES = (0.1, 10)  # mm
+MOST_VALUES = 2**28  # of all volumes in a file; 1 GB as float32
+MOST_AFTER_VALUES = 2**24  # bytes
+LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes that a byte of such a file may become when read
+# volume of a voxel as a share of what it would be with right angles; resampling undoes a shear, within reason
+SMALLEST_SHARE_OF_CUBOID = 0.8
+# mm between the corners of two grids that are the same but for rounding
+LARGEST_OFFSET = 0.1
+
+
+def name_of(source: str | SpatialImage, kind: str = "image") -> str:
+    """What messages call an image: its path, or its kind, such as 'T1', if it has none."""
+    return source if isinstance(source, str) else source.get_filename() or kind
+
+
+def read_volumes(source: str | SpatialImage, kind: str = "image") -> tuple[np.ndarray, np.ndarray]:
+    """Read the volumes of one Analyze or NIfTI image.
+
+    Args:
+        source: the path of a `.hdr`, `.nii` or `.nii.gz`, or a nibabel image in memory; several volumes lie along the
+            axes after the third.
+        kind: what messages call an image without a path.
+
+    Returns:
+        Scaled values as float32 (volumes, X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
+
+    Raises:
+        InputError: the file can't be read whole, has NaN or infinite values, or as `require_brain_scan`.
+    """
+    path = name_of(source, kind)
+    try:
+        image, values = _image_and_values(source, path)
+    except InputError:
+        raise
+    except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
+        if ran_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())
+        raise InputError(f"{path}: can't be read ({reason}); copy or convert the file again") from error
+    if not np.isfinite(values).all():
+        raise InputError(f"{path}: has NaN or infinite values; replace them, outside the brain by 0")
+    # by Fortran's order, which is that on disk, a view of it
+    volumes = values.reshape(*values.shape[:3], -1, order="F")
+    return np.moveaxis(volumes, -1, 0), image.affine
+
+
+def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialImage, np.ndarray]:
+    """The image, once its header has passed `require_brain_scan`, and its values as float32."""
+    image = nib.load(source, mmap=False) if isinstance(source, str) else source
+    require_brain_scan(path, image)
+    if not isinstance(source, str):
+        return image, image.get_fdata(dtype=np.float32, caching="unchanged")
+    _require_room(image)
+    with ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
+        stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+        if not stored_sizes.all():  # nibabel takes 1 mm then
+            raise InputError(f"{path}: {_voxels(stored_sizes)} can't be; correct its header or convert it again")
+        if not path.lower().endswith(".gz"):
+            return image, image.get_fdata(dtype=np.float32, caching="unchanged")
+        image = type(image).from_file_map({"image": FileHolder(path, file)}, mmap=False)
+        values = image.get_fdata(dtype=np.float32, caching="unchanged")
+        after = 0
+        while read := file.read(2**20):  # only at the end of the file its checksum is compared
+            after += len(read)
+            if after > MOST_AFTER_VALUES:
+                raise InputError(f"{path}: goes on long after its last value; copy or convert the file again")
+    return image, values
+
+
+def _require_room(image: SpatialImage) -> None:
+    """Raise EOFError where a file is too short for its values: nibabel takes memory for all of them before it reads."""
+    path = Path(image.file_map["image"].filename)
+    needed = math.prod(image.shape) * image.get_data_dtype().itemsize
+    size = path.stat().st_size
+    if size * LARGEST_EXPANSION.get(path.suffix.lower(), math.inf) < needed:
+        raise EOFError(f"{size:,} bytes can't hold {needed:,} of shape {image.shape}")
+
+
+def _voxels(sizes: Iterable[float]) -> str:
+    return f"its voxel size of {' x '.join(f'{size:.4g}' for size in sizes)} mm"
+
+
+def require_brain_scan(path: str, image: SpatialImage) -> None:
+    """Refuse an image that can't be a brain scan, before its values are read.
+
+    Raises:
+        InputError: it has fewer than three axes, values other than numbers, more of them or another size than a brain
+            scan has, or its affine isn't finite, isn't an affine at all or has its axes far from right angles.
+    """
+    if len(image.shape) < 3 or 0 in image.shape:
+        raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume a file")
+    if image.get_data_dtype().kind not in "biuf":
+        raise InputError(f"{path}: has colours or complex numbers; give the scan, with one number a voxel")
+    axes = image.affine[:3, :3]
+    sizes = np.linalg.norm(axes, axis=0)
+    if not np.isfinite(image.affine).all():
+        raise InputError(f"{path}: its affine has NaN or infinite values; correct its header or convert it again")
+    if not np.array_equal(image.affine[3], [0, 0, 0, 1]):
+        raise InputError(f"{path}: the last row of its affine isn't 0 0 0 1; correct its .mat file or convert it again")
+    if sizes.min() < VOXEL_SIZES[0] or sizes.max() > VOXEL_SIZES[1]:
+        raise InputError(f"{path}: {_voxels(sizes)} isn't that of a brain scan; correct its header or convert it again")
+    if (sizes * image.shape[:3]).max() > LONGEST_SIDE or math.prod(image.shape) > MOST_VALUES:
+        raise InputError(
+            f"{path}: shape {image.shape} with {_voxels(sizes)} is larger than a brain scan; copy or convert it again"
+        )
+    if abs(np.linalg.det(axes / sizes)) < SMALLEST_SHARE_OF_CUBOID:
+        raise InputError(f"{path}: its affine is sheared, far from right angles; resample it to a grid without shear")
+
+
+def read_volume(source: str | SpatialImage, kind: str = "image") -> tuple[np.ndarray, np.ndarray]:
+    """Read an Analyze or NIfTI image of one volume.
+
+    Args:
+        source, kind: as `read_volumes` takes them; axes after the third must have length 1.
+
+    Returns:
+        Scaled values as float32 (X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
+
+    Raises:
+        InputError: as `read_volumes`, or the file has several volumes.
+    """
+    volumes, affine = read_volumes(source, kind)
+    if len(volumes) != 1:
+        shape = (*volumes.shape[1:], len(volumes))
+        raise InputError(f"{name_of(source, kind)}: shape {shape} isn't a 3-D volume; give one volume a file")
+    return volumes[0], affine
+
+
+def require_same_grid(
+    path: str, values: np.ndarray, affine: np.ndarray, t1_path: str, t1: np.ndarray, t1_affine: np.ndarray
+) -> None:
+    """Refuse a volume (X, Y, Z) that differs from the T1 in shape or, by its 4 x 4 affine, in place, by InputError."""
+    if values.shape != t1.shape:
+        raise InputError(
+            f"{path}: shape {values.shape} differs from {t1.shape} of {t1_path}; resample it to the grid of T1"
+        )
+    corners = list(itertools.product(*((0, side - 1) for side in t1.shape)))
+    offsets = nib.affines.apply_affine(affine, corners) - nib.affines.apply_affine(t1_affine, corners)
+    if np.linalg.norm(offsets, axis=1).max() > LARGEST_OFFSET:
+        raise InputError(f"{path}: its affine differs from that of {t1_path}; register and resample it to T1")
+
+
+def t2_beside(t1_path: str) -> str:
+    """The path of the T2 that belongs to a T1 by its name: `subject-9-T1.nii.gz` has `subject-9-T2.nii.gz` beside it.
+
+    Args:
+        t1_path: a name that ends, before its suffix, in T1 or t1 as a part of its own; T2 or t2 takes its place.
+
+    Raises:
+        InputError: the name isn't so, or there is no such T2.
+    """
+    name = Path(t1_path).name
+    t2_name, replaced = re.subn(r"(?<![^-_])([Tt])1(?=\.(?i:hdr|img|nii|nii\.gz)$)", r"\g<1>2", name)
+    if not replaced:
+        raise InputError(
+            f"{t1_path}: holds one volume, and its name doesn't end in -T1, so no T2 can be looked for beside it; "
+            f"give one 4-D file of T1 and T2, or two files named subject-<id>-T1 and subject-<id>-T2"
+        )
+    t2_path = Path(t1_path).with_name(t2_name)
+    if not t2_path.is_file():
+        raise InputError(f"{t2_path}: not found, and {t1_path} holds T1 alone; put the T2 there, or both in a 4-D file")
+    return str(t2_path)
+
+
+def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarray, np.ndarray, str, str]:
+    """Read T1 and T2 of a subject.
+
+    Args:
+        image: paths or nibabel images of T1 and T2; or one path, of a 4-D file of the two, or of a T1 that has its T2
+            beside it.
+
+    Returns:
+        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and what messages call T1 and T2 (see `name_of`).
+
+    Raises:
+        InputError: as `read_volumes`, `t2_beside` and `require_same_grid`, or a single file has more than two volumes.
+    """
+    if isinstance(image, str):
+        t1_path = image
+        volumes, affine = read_volumes(image)
+        if len(volumes) == 2:
+            return _by_channel(*volumes), affine, t1_path, t1_path
+        if len(volumes) != 1:
+            raise InputError(f"{image}: holds {len(volumes)} volumes, not two; give T1 and T2, in this order")
+        t1, t2_source = volumes[0], t2_beside(image)
+    else:
+        t1_source, t2_source = image
+        t1_path = name_of(t1_source, "T1")
+        t1, affine = read_volume(t1_source, "T1")
+    t2_path = name_of(t2_source, "T2")
+    t2, t2_affine = read_volume(t2_source, "T2")
+    require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
+    return _by_channel(t1, t2), affine, t1_path, t2_path
+
+
+def _by_channel(t1: np.ndarray, t2: np.ndarray) -> np.ndarray:
+    """T1 and T2 in one array, in C order: in that of the disk it takes 4 to 9 times as long to select voxels."""
+    return np.stack([t1, t2], out=np.empty((2, *t1.shape), np.float32))

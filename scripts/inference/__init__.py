@@ -1,0 +1,1 @@
+"""From the network's array to its logits."""

@@ -1,0 +1,1 @@
+"""What a run writes, per subject and for all subjects."""

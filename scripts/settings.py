@@ -1,0 +1,116 @@
+"""The settings given on the command line: how they are read, and which ones a config knows."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from importlib.util import find_spec
+from pydoc import locate
+from typing import Any
+
+from fire.parser import DefaultParseValue
+from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
+from monai.bundle.utils import ID_SEP_KEY
+
+from scripts.errors import InputError
+
+
+def given_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options among command-line arguments, as `fire` reads them: `--name value`, `--name=value`, `-name value`.
+
+    Raises:
+        InputError: a value looks like Python's and isn't.
+    """
+    options: dict[str, Any] = {}
+    for position, argument in enumerate(arguments):
+        if option := re.fullmatch(r"--?([a-zA-Z][^=]*)(?:=(.*))?", argument, re.DOTALL):
+            name, value = option.groups()
+            following = arguments[position + 1] if position + 1 < len(arguments) else ""
+            text = following if value is None else value
+            try:
+                options[name.replace("-", "_")] = DefaultParseValue(text)
+            except MemoryError:  # Python's parser has room for so many brackets
+                raise InputError(f"--{name} {text}: can't be read (too many brackets); correct it") from None
+            except Exception as error:  # what fire takes for Python and can't evaluate
+                raise InputError(f"--{name} {text}: can't be read ({error}); correct it") from error
+    return options
+
+
+def _names_at(config: ConfigParser, parent: str) -> set[str]:
+    """What may be set in a part of a config: what stands there and, in a component, the arguments it takes."""
+    part = config.get(parent)
+    if isinstance(part, list):
+        return {str(position) for position in range(len(part))}
+    if not isinstance(part, dict):
+        return set()
+    names = set(part)
+    if "_target_" in part:
+        with suppress(Exception):  # there is no such component, as the run will say, or it doesn't tell what it takes
+            component = ConfigComponent(part, id=parent, locator=config.locator).resolve_module_name()
+            names |= set(inspect.signature(locate(component) if isinstance(component, str) else component).parameters)
+        names |= {"_target_", "_disabled_", "_mode_", "_desc_", "_requires_"}
+    return names
+
+
+def _read_settings(option: str, files: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
+    """What `read` finds in the files that an option names; InputError where that isn't settings by name."""
+    try:
+        settings = read(files)
+    except Exception as error:  # what is raised for a damaged file depends on where the damage is
+        reason = " ".join(str(error).split())
+        raise InputError(f"--{option} {files}: can't be read ({reason}); correct or copy it again") from error
+    if not isinstance(settings, dict):
+        raise InputError(f"--{option} {files}: holds no settings by name; write them as in configs/train.json")
+    return settings
+
+
+def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """The options of `monai.bundle run`, those of its `--args_file` included."""
+    options = given_options(arguments)
+    if "args_file" in options:
+        options = _read_settings("args_file", options["args_file"], ConfigParser.load_config_file) | options
+    return options
+
+
+def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
+    """Refuse a command-line override that names nothing in the configs; MONAI would accept and ignore it.
+
+    Args:
+        arguments: those of `monai.bundle run`.
+
+    Raises:
+        InputError: a name isn't known, with the nearest known one, or a file can't be read.
+    """
+    options = _run_options(arguments)
+    if "config_file" not in options:  # not started from the command line
+        return
+    config = ConfigParser(_read_settings("config_file", options["config_file"], ConfigParser.load_config_files))
+    of_monai = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
+    for name in options:
+        if hint := unknown_setting(name, config, of_monai):
+            raise InputError(f"--{name}: no such setting; {hint}")
+
+
+def require_tracking_package(arguments: Sequence[str]) -> None:
+    """Refuse `--tracking mlflow` among the arguments of `monai.bundle run`, by InputError, where MLflow is missing."""
+    if _run_options(arguments).get("tracking") == "mlflow" and find_spec("mlflow") is None:
+        raise InputError("--tracking mlflow: a package is missing; pip install mlflow==3.17.2")
+
+
+def unknown_setting(name: str, config: ConfigParser, others: Collection[str] = ()) -> str | None:
+    """None if a config has a setting or one of `others` is meant, else what may have been meant, as a sentence."""
+    parents: list[str] = []
+    for part in ReferenceResolver.split_id(name):
+        known = _names_at(config, ID_SEP_KEY.join(parents))
+        allowed = known if parents else known | set(others)
+        if part not in allowed:
+            near = None if part.isdigit() else nearest(part, allowed)
+            return f"did you mean --{ID_SEP_KEY.join([*parents, near])}?" if near else f"known are {sorted(known)}"
+        parents.append(part)
+    return None
+
+
+def nearest(name: str, known: Collection[str]) -> str | None:
+    """The known name that is most like a misspelt one, if any is."""
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

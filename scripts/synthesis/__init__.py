@@ -1,0 +1,1 @@
+"""Label maps, and T1 and T2 synthesized from them."""

@@ -1,0 +1,42 @@
+"""Tissues and their label values, in memory and in files."""
+
+from enum import IntEnum
+
+import numpy as np
+
+from scripts.errors import InputError
+
+
+class Tissue(IntEnum):
+    """Labels in memory and in NIfTI files; 0 is background."""
+
+    CSF = 1
+    GM = 2
+    WM = 3
+
+
+# as they are called in tables
+TISSUES = tuple(tissue.name.lower() for tissue in Tissue)
+# label values in iSeg files; their places are the labels in memory: background, CSF, GM, WM
+ISEG_VALUES = (0, 10, 150, 250)
+# affine of an iSeg volume, LAS and 1 mm, up to its origin; HDF5 files have none of their own
+ISEG_AFFINE = np.diag([-1.0, 1.0, 1.0, 1.0])
+
+
+def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
+    """Labels 0 to 3 (uint8, any shape) from label values as iSeg has them (0, 10, 150, 250) or 0 to 3 as they are.
+
+    Raises:
+        InputError: another value occurs, or the two sets are mixed.
+    """
+    in_memory, in_iseg = {0, *Tissue}, set(ISEG_VALUES)
+    remedy = f"use {ISEG_VALUES} or 0, 1, 2, 3 for background, CSF, GM, WM"
+    found = np.unique(values)
+    if (unknown := found[~np.isin(found, [*in_memory, *in_iseg])]).size:
+        raise InputError(f"{path}: label value {unknown[0]:g} isn't known; {remedy}")
+    present = set(found.tolist())
+    if present <= in_memory:
+        return values.astype(np.uint8)
+    if not present <= in_iseg:
+        raise InputError(f"{path}: mixes iSeg's label values with 1, 2, 3; {remedy}")
+    return np.searchsorted(ISEG_VALUES, values).astype(np.uint8)

@@ -1,0 +1,1 @@
+"""What a training adds to MONAI's trainer."""

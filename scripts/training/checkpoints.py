@@ -1,0 +1,194 @@
+"""The checkpoints that a training writes, keeps and replaces."""
+
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ignite.distributed as idist
+import torch
+from ignite.engine import Engine, Events
+from monai.engines import Evaluator
+
+from scripts.data.storage import Folders
+from scripts.errors import InputError
+from scripts.files import whole_files
+from scripts.training.resume import ResumableTraining
+from scripts.weights import holds, is_fresh_start, sha256
+
+
+def _write(network: torch.nn.Module, path: Path) -> None:
+    with whole_files(path.parent) as temporary:
+        # on the CPU, so that whoever loads them needn't have a GPU
+        torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary / path.name)
+
+
+class Checkpoints:
+    """Handler of a trainer for all its checkpoints: kept, resumed from, compared and written.
+
+    It may stand anywhere among the handlers. It keeps a copy of a `model.pt` and a `last.pt` that the training will
+    replace, resumes from `last.pt` when asked, validates the included weights if the training starts from them, writes
+    `model.pt` when a validation is better than all before, `last.pt` after each epoch, and `step-<n>.pt` if wanted.
+
+    Args:
+        folders: `model.pt` is in the folder of checkpoints, all others in that of results.
+        network: whose weights are written.
+        validator: the evaluator whose best metric decides.
+        settings: see `ResumableTraining`.
+        seed: see `ResumableTraining`.
+        resume: see `ResumableTraining`.
+        interval: steps from one `step-<n>.pt` to the next; 0 for none.
+        keep: how many of these are kept.
+        parts: what else has a state, see `ResumableTraining`.
+
+    Raises:
+        InputError: as `ResumableTraining` and `StepWeightsSaver`.
+    """
+
+    def __init__(
+        self,
+        folders: Folders,
+        network: torch.nn.Module,
+        validator: Evaluator,
+        settings: Mapping[str, Any],
+        seed: int,
+        resume: bool = False,
+        interval: int = 0,
+        keep: int = 16,
+        **parts: Any,
+    ) -> None:
+        best, last = Path(folders.checkpoints, "model.pt"), Path(folders.output, "last.pt")
+        self.validator = validator
+        self.best = BestWeightsSaver(best, network)
+        self.handlers = [
+            EarlierWeightsKeeper(best),
+            *([] if resume else [EarlierWeightsKeeper(last)]),
+            ResumableTraining(last, resume, seed, settings, best, validator, network, **parts),
+            FoundWeightsValidator(best, network, validator),
+            *([StepWeightsSaver(folders.output, network, interval, keep, resume)] if interval else []),
+        ]
+
+    def attach(self, engine: Engine) -> None:
+        self.best.attach(self.validator)
+        for handler in self.handlers:
+            handler.attach(engine)
+
+
+class BestWeightsSaver:
+    """Handler of an evaluator that writes the network each time its key metric is better than ever before.
+
+    MONAI's CheckpointSaver removes the former file and then writes the new one in place, so that a process that ends
+    between the two leaves none. Here what is under the name is always whole. What is that network already stays.
+
+    Args:
+        path: the checkpoint, a state dict.
+        network: whose weights are written.
+    """
+
+    def __init__(self, path: str | Path, network: torch.nn.Module) -> None:
+        self.path = Path(path)
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+
+    @idist.one_rank_only()
+    def save(self, engine: Engine) -> None:
+        if engine.state.best_metric_epoch == engine.state.epoch and not holds(self.path, self.network):
+            _write(self.network, self.path)
+
+
+class FoundWeightsValidator:
+    """Handler of a trainer that validates the checkpoint which training will replace, if training starts from it.
+
+    Then only a network that is better on the validation subjects replaces it. MONAI Label trains so.
+
+    Args:
+        path: the checkpoint, as `BestWeightsSaver` has it.
+        network: that is trained, its weights loaded by the time when training starts.
+        validator: the evaluator that has the `BestWeightsSaver`.
+    """
+
+    def __init__(self, path: str | Path, network: torch.nn.Module, validator: Evaluator) -> None:
+        self.path = Path(path)
+        self.network = network
+        self.validator = validator
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.validate)
+
+    def validate(self, engine: Engine) -> None:
+        if is_fresh_start(engine) and holds(self.path, self.network):
+            print(f"training starts from {self.path}, which stays unless a network is better than it")
+            self.validator.run()
+            self.validator.state.best_metric_epoch = 0  # it ran as epoch 1, which is yet to come
+
+
+class StepWeightsSaver:
+    """Handler of a trainer that writes the network as `step-<n>.pt` each so many steps and keeps the newest.
+
+    Args:
+        output_dir: the folder to write to.
+        network: whose weights are written.
+        interval: steps from one to the next.
+        keep: how many files stay, at least 1.
+        resume: whether such files may be there at the start, since they are this training's own.
+
+    Raises:
+        InputError: when training begins and isn't resumed, if the folder holds such files of an earlier one.
+    """
+
+    def __init__(self, output_dir: str, network: torch.nn.Module, interval: int, keep: int, resume: bool) -> None:
+        self.output_dir = Path(output_dir)
+        self.network = network
+        self.interval = interval
+        self.keep = keep
+        self.resume = resume
+
+    def attach(self, engine: Engine) -> None:
+        if not self.resume:
+            engine.add_event_handler(Events.STARTED, self.require_none)
+        engine.add_event_handler(Events.ITERATION_COMPLETED(every=self.interval), self.save)
+
+    def _steps(self) -> list[int]:
+        names = [re.fullmatch(r"step-([1-9]\d*)\.pt", path.name) for path in self.output_dir.glob("step-*.pt")]
+        return sorted(int(name[1]) for name in names if name)
+
+    def require_none(self, engine: Engine) -> None:
+        if is_fresh_start(engine) and (steps := self._steps()):
+            raise InputError(
+                f"{self.output_dir}/step-{steps[0]}.pt: is of an earlier training; choose another --output_dir, "
+                f"or go on with that one by --resume True"
+            )
+
+    @idist.one_rank_only()
+    def save(self, engine: Engine) -> None:
+        _write(self.network, self.output_dir / f"step-{engine.state.iteration}.pt")
+        for step in self._steps()[: -self.keep]:
+            (self.output_dir / f"step-{step}.pt").unlink()
+
+
+class EarlierWeightsKeeper:
+    """Handler that, when training begins, copies the checkpoint that it will replace.
+
+    Args:
+        path: the checkpoint; the copy beside it is named after the content, so that none is kept twice.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def attach(self, engine: Engine) -> None:
+        engine.add_event_handler(Events.STARTED, self.keep)
+
+    @idist.one_rank_only()
+    def keep(self, engine: Engine) -> None:
+        if not is_fresh_start(engine) or not self.path.is_file():
+            return
+        digest = sha256(self.path)[:8]
+        copy = self.path.with_name(f"{self.path.stem}-{digest}{self.path.suffix}")
+        if not copy.exists():
+            with whole_files(copy.parent) as temporary:
+                shutil.copy2(self.path, temporary / copy.name)
+        print(f"{self.path} will be replaced; its present content stays in {copy}")

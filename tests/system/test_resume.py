@@ -1,0 +1,201 @@
+"""A training that is killed goes on as if it hadn't been."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import ROOT, same, save_subject, train_in_process
+from processes import KILLED, QUICK, bundle, last_line, two_threads
+
+from scripts.errors import InputError
+from scripts.network import SkipDenseSeg
+from scripts.weights import read_checkpoint
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(dataset, tmp_path_factory):
+    """A training on two threads, as those that are compared with it."""
+    output = tmp_path_factory.mktemp("uninterrupted")
+    with two_threads():
+        yield output, train_in_process(dataset, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["writing", "computing"])
+def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninterrupted, moment, capsys):
+    (tmp_path / "killed.py").write_text(KILLED)
+    output = tmp_path / "out"
+    arguments = [
+        *(sys.executable, "-W", "ignore", str(tmp_path / "killed.py"), moment, "run", "training"),
+        *("--config_file", "configs/train.json", *QUICK, "--epochs", "3", "--synthetic_share", "0.5"),
+        *("--dataset_dir", str(dataset), "--output_dir", str(output), "--ckpt_dir", str(output)),
+    ]
+    result = subprocess.run(arguments, cwd=ROOT, capture_output=True, env=os.environ | {"PYTHONPATH": ""})
+    assert result.returncode == -signal.SIGKILL
+    complete = 1 if moment == "writing" else 2
+    assert torch.load(output / "last.pt", weights_only=True)["progress"]["epoch"] == complete
+    losses = train_in_process(dataset, output, resume=True)
+    assert f"goes on after epoch {complete} of 3" in capsys.readouterr().out
+    expected_output, expected_losses = uninterrupted
+    assert losses == {step: loss for step, loss in expected_losses.items() if step > 2 * complete}
+    for name in ("last.pt", "model.pt"):
+        assert same(*(torch.load(folder / name, weights_only=True) for folder in (output, expected_output))), name
+
+
+@pytest.mark.slow
+def test_nothing_to_resume_starts_at_the_first_epoch(dataset, tmp_path, uninterrupted, capsys):
+    assert train_in_process(dataset, tmp_path, resume=True) == uninterrupted[1]
+    assert f"{tmp_path}/last.pt isn't there: training starts at the first epoch" in capsys.readouterr().out
+
+
+def test_finished_training_has_nothing_left_to_do(dataset, tmp_path, uninterrupted):
+    shutil.copytree(uninterrupted[0], tmp_path / "out")
+    assert train_in_process(dataset, tmp_path / "out", resume=True) == {}
+    first, second = ((folder / "model.pt").read_bytes() for folder in (uninterrupted[0], tmp_path / "out"))
+    assert first == second
+
+
+def set_back_to_epoch_2(finished: Path, output: Path) -> Path:
+    """A copy of a finished training that has its last epoch before it, and had its best, of 0.99, in the first."""
+    shutil.copytree(finished, output)
+    state = torch.load(output / "last.pt", weights_only=True)
+    state["progress"] |= {"epoch": 2, "best_metric": 0.99, "best_metric_epoch": 1}
+    state["lr_scheduler"] |= {"last_epoch": 4, "_step_count": 5}
+    torch.save(state, output / "last.pt")
+    return output
+
+
+def test_worse_epoch_after_resuming_does_not_replace_the_best_network(dataset, tmp_path, uninterrupted):
+    output = set_back_to_epoch_2(uninterrupted[0], tmp_path / "out")
+    best = (output / "model.pt").read_bytes()
+    assert set(train_in_process(dataset, output, resume=True)) == {5, 6}
+    assert (output / "model.pt").read_bytes() == best
+    assert torch.load(output / "last.pt", weights_only=True)["progress"]["best_metric"] == 0.99
+
+
+def test_best_network_of_another_training_is_replaced_and_kept(dataset, tmp_path, uninterrupted, capsys):
+    output = set_back_to_epoch_2(uninterrupted[0], tmp_path / "out")
+    others = (ROOT / "models" / "model.pt").read_bytes()
+    (output / "model.pt").write_bytes(others)
+    train_in_process(dataset, output, resume=True)
+    assert f"{output}/model.pt isn't the best network so far" in capsys.readouterr().out
+    assert (output / "model.pt").read_bytes() != others
+    assert others in [path.read_bytes() for path in output.glob("model-*.pt")]
+
+
+def test_resume_is_true_or_false(dataset, tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        train_in_process(dataset, tmp_path, resume="false")
+    error = caught.value
+    while error.__cause__:
+        error = error.__cause__
+    assert str(error) == "--resume false: must be True or False"
+
+
+def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterrupted):
+    shutil.copy(uninterrupted[0] / "last.pt", tmp_path)
+    former = (tmp_path / "last.pt").read_bytes()
+    train_in_process(dataset, tmp_path, epochs=1)
+    assert former in [path.read_bytes() for path in tmp_path.glob("last-*.pt")]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"epochs": 5}, "its training began with epochs 3, not 5"),
+        ({"crops_per_epoch": 4}, "its training began with steps per epoch 2, not 4"),
+        ({"optimizer#_target_": "torch.optim.Adam"}, "its training began with optimizer 'MuonAdamW', not 'Adam'"),
+        ({"learning_rate": 0.1}, "its training began with learning_rate 0.006, not 0.1"),
+        ({"network_def#growth_rate": 8}, "a checkpoint of another network"),
+        ({"network_def#dropout_prob": 0.1}, "its training began with network_def "),
+        ({"loss#include_background": True}, "its training began with loss _modules dice include_background False, "),
+        ({"optimizer#weight_decay": 0.5}, "optimizer state param_groups 0 weight_decay 0.01, not 0.5"),
+        ({"lr_scheduler#div_factor": 10}, "its training began with optimizer state param_groups 0 lr "),
+        ({"train#random_transforms#5#prob": 0.2}, "its training began with transforms transforms 13 prob 0.5, not 0.2"),
+        ({"foreground_margin": 2}, "its training began with foreground_margin 16, not 2"),
+        ({"precision": "bf16"}, "its training began with precision 'auto', not 'bf16'"),
+        ({"val_interval": 2}, "its training began with val_interval 1, not 2"),
+        ({"loss_scale": 128.0}, "its training began with loss_scale None, not 128.0"),
+        ({"window_size": [64, 64, 64]}, "its training began with window_size 'auto', not [64, 64, 64]"),
+        ({"val_subjects": [2]}, "its training began with subjects "),
+    ],
+)
+def test_state_of_another_training(dataset, tmp_path, uninterrupted, settings, message):
+    shutil.copy(uninterrupted[0] / "last.pt", tmp_path)
+    state = (tmp_path / "last.pt").read_bytes()
+    with pytest.raises(RuntimeError) as caught:  # by which MONAI wraps what its components raise
+        train_in_process(dataset, tmp_path, resume=True, **settings)
+    assert isinstance(caught.value.__cause__, InputError)
+    assert message in str(caught.value.__cause__)
+    assert (tmp_path / "last.pt").read_bytes() == state
+    assert not (tmp_path / "model.pt").exists()
+
+
+def test_another_subject_among_those_that_train(dataset, tmp_path, uninterrupted):
+    shutil.copytree(dataset, tmp_path / "data")
+    for path in dataset.glob("subject-1-*"):
+        shutil.copy(path, tmp_path / "data" / path.name.replace("-1-", "-77-"))
+    shutil.copy(uninterrupted[0] / "last.pt", tmp_path)
+    with pytest.raises(RuntimeError) as caught:
+        train_in_process(tmp_path / "data", tmp_path, resume=True)
+    assert "its training began with subjects " in str(caught.value.__cause__)
+
+
+def test_same_settings_in_other_words(dataset, tmp_path, uninterrupted, capsys):
+    shutil.copytree(uninterrupted[0], tmp_path / "out")
+    assert train_in_process(dataset, tmp_path / "out", resume=True, val_subjects=["9"]) == {}
+    assert "goes on after epoch 3 of 3" in capsys.readouterr().out
+
+
+def test_training_that_replaced_what_it_started_from_goes_on(dataset, tmp_path, capsys):
+    torch.save(SkipDenseSeg().state_dict(), tmp_path / "model.pt")
+    started = {"start_from": str(tmp_path / "model.pt"), "epochs": 1}
+    train_in_process(dataset, tmp_path, **started)
+    # batch norms count their batches
+    assert read_checkpoint(str(tmp_path / "model.pt"))["features.norm0.num_batches_tracked"] == 2
+    assert train_in_process(dataset, tmp_path, resume=True, **started) == {}
+    assert "goes on after epoch 1 of 1" in capsys.readouterr().out
+
+
+def test_subjects_as_monai_label_hands_them_on(brains, tmp_path):
+    """It tells images and labels, and no ids."""
+    save_subject(tmp_path, "1", brains[0])
+    item = {"image": [str(tmp_path / f"subject-1-{kind}.hdr") for kind in ("T1", "T2")]}
+    item["label"] = str(tmp_path / "subject-1-label.hdr")
+    lists = {"train#dataset#data": [item], "validate#dataset#data": [item]}
+    assert len(train_in_process(tmp_path, tmp_path / "out", epochs=1, **lists)) == 2
+    assert train_in_process(tmp_path, tmp_path / "out", epochs=1, resume=True, **lists) == {}
+
+
+def test_state_of_a_version_that_did_not_have_a_setting(dataset, tmp_path, uninterrupted):
+    state = torch.load(uninterrupted[0] / "last.pt", weights_only=True)
+    del state["settings"]["synthetic_share"]
+    torch.save(state, tmp_path / "last.pt")
+    with pytest.raises(RuntimeError) as caught:
+        train_in_process(dataset, tmp_path, resume=True)
+    assert "last.pt: doesn't tell the synthetic_share of its training, so another version" in str(
+        caught.value.__cause__
+    )
+
+
+def test_damaged_state(dataset, tmp_path, uninterrupted):
+    (tmp_path / "last.pt").write_bytes((uninterrupted[0] / "last.pt").read_bytes()[:5000])
+    result = bundle(
+        *("run", "training", "--config_file", "configs/train.json", *QUICK, "--resume", "True"),
+        *("--dataset_dir", str(dataset), "--output_dir", str(tmp_path), "--ckpt_dir", str(tmp_path)),
+    )
+    assert result.returncode != 0
+    assert "Traceback" not in result.stdout + result.stderr
+    assert last_line(result).startswith(f"error: {tmp_path}/last.pt: can't be read as a checkpoint")
+
+
+def test_weights_alone_are_no_state(dataset, tmp_path, uninterrupted):
+    shutil.copy(uninterrupted[0] / "model.pt", tmp_path / "last.pt")
+    with pytest.raises(RuntimeError) as caught:
+        train_in_process(dataset, tmp_path, resume=True)
+    assert str(caught.value.__cause__).startswith(f"{tmp_path}/last.pt: isn't the state of this training")

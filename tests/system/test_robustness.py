@@ -1,0 +1,34 @@
+"""The table of `python -m scripts robustness`."""
+
+import nibabel as nib
+import numpy as np
+import pytest
+from processes import bundle
+
+from scripts.commands.robustness import CONDITIONS
+from scripts.results.tables import read_csv
+from scripts.synthesis.label_maps import LabelMap
+
+
+@pytest.fixture
+def brain(brains) -> LabelMap:
+    return LabelMap("A", brains[0]["label"][::-1].copy(), np.eye(4))
+
+
+@pytest.mark.slow
+def test_table_is_the_mean_of_the_rows(brain, tmp_path):
+    nib.save(nib.Nifti1Image(brain.label, brain.affine), tmp_path / "A.nii.gz")
+    out = tmp_path / "out"
+    result = bundle("robustness", "--labels_dir", str(tmp_path), "--output_dir", str(out), module="scripts")
+    assert result.returncode == 0, result.stderr
+    rows = read_csv(out / "robustness.csv")
+    assert [row["condition"] for row in rows] == [*CONDITIONS, "procedural phantom"]
+    assert (out / "robustness.md").read_text() in result.stdout
+    for row, line in zip(rows, (out / "robustness.md").read_text().splitlines()[2:], strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        expected = [f"{100 * float(row[name]):.1f}" for name in ("csf", "gm", "wm", "mean", "mean")]
+        assert cells == [row["condition"], *expected]
+    by_condition = {row["condition"]: float(row["mean"]) for row in rows}
+    # each channel is normalised, so a gain changes nothing but rounding
+    assert by_condition["gain x 2"] == pytest.approx(by_condition["nominal"], abs=0.005)
+    assert by_condition["procedural phantom"] > 0.8

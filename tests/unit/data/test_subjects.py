@@ -1,0 +1,208 @@
+import re
+
+import pytest
+from helpers import touch
+
+from scripts.data.subjects import (
+    bad_subjects,
+    find_subjects,
+    require_apart,
+    require_subjects,
+    subjects_to_segment,
+    training_subjects,
+    validation_subjects,
+)
+from scripts.errors import InputError
+
+
+def analyze(stem: str) -> list[str]:
+    return [f"{stem}.hdr", f"{stem}.img"]
+
+
+def ids(subjects) -> list[str]:
+    return [subject["subject"] for subject in subjects]
+
+
+def test_both_namings_and_all_suffixes_in_one_folder(tmp_path):
+    touch(tmp_path, *analyze("subject-10-T1"), "subject-10-T2.nii", "subject-10-label.nii.gz")
+    touch(tmp_path, "subject-9-t1.nii.gz", *analyze("subject-9-t2"), *analyze("subject-9-label"))
+    touch(tmp_path, "iSeg-2019-Validation/subject-40-T1.nii", "iSeg-2019-Validation/subject-40-T2.nii", "notes.txt")
+    assert find_subjects(str(tmp_path)) == [
+        {
+            "subject": "9",
+            "image": [str(tmp_path / "subject-9-t1.nii.gz"), str(tmp_path / "subject-9-t2.hdr")],
+            "label": str(tmp_path / "subject-9-label.hdr"),
+        },
+        {
+            "subject": "10",
+            "image": [str(tmp_path / "subject-10-T1.hdr"), str(tmp_path / "subject-10-T2.nii")],
+            "label": str(tmp_path / "subject-10-label.nii.gz"),
+        },
+        {
+            "subject": "40",
+            "image": [str(tmp_path / f"iSeg-2019-Validation/subject-40-T{i}.nii") for i in (1, 2)],
+        },
+    ]
+
+
+def test_hdf5_files_beside_images_of_others(tmp_path):
+    names = [f"data_{part}_no_cut/train_iseg_nocut_{subject}.h5" for part, subject in (("train", 10), ("val", 9))]
+    touch(tmp_path, *names, "subject-2-T1.nii", "subject-2-T2.nii", "other.h5", "._train_iseg_nocut_3.h5")
+    ten, nine = (str(tmp_path / name) for name in names)
+    assert find_subjects(str(tmp_path))[1:] == [
+        {"subject": "9", "image": [nine, nine], "label": nine},
+        {"subject": "10", "image": [ten, ten], "label": ten},
+    ]
+    assert ids(training_subjects(str(tmp_path), [9])) == ["10"]
+    assert ids(validation_subjects(str(tmp_path), [9])) == ["9"]
+    assert ids(subjects_to_segment(str(tmp_path), None)) == ["2"]
+    with pytest.raises(InputError, match=r"nocut_9.h5: lacks the scan .* give its T1 and T2 images"):
+        subjects_to_segment(str(tmp_path), [2, 9])
+
+
+def test_leftovers_of_a_mac_are_passed_over(tmp_path):
+    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
+    touch(tmp_path, "__MACOSX/subject-2-T1.hdr", "._subject-1-T1.hdr", ".hidden/subject-3-T1.nii")
+    touch(tmp_path, "__MACOSX/iSeg/._subject-1-label.hdr")
+    assert ids(find_subjects(str(tmp_path))) == ["1"]
+
+
+def test_folder_that_is_itself_hidden(tmp_path):
+    touch(tmp_path / ".cache", "subject-1-T1.nii", "subject-1-T2.nii")
+    assert ids(find_subjects(str(tmp_path / ".cache"))) == ["1"]
+
+
+def test_split(tmp_path):
+    for subject in (1, 2, 9, 10):
+        touch(tmp_path, *(f"subject-{subject}-{kind}.nii" for kind in ("T1", "T2", "label")))
+    touch(tmp_path, "subject-11-T1.nii", "subject-11-T2.nii")
+    root = str(tmp_path)
+    assert ids(training_subjects(root, [9])) == ["1", "2", "10"]
+    assert ids(validation_subjects(root, [9, "1"])) == ["9", "1"]
+    assert ids(validation_subjects(root, 9)) == ["9"]
+    assert ids(training_subjects(root, "9")) == ["1", "2", "10"]
+    assert ids(subjects_to_segment(root, None)) == ["11"]
+    assert all("label" not in subject for subject in subjects_to_segment(root, [2]))
+    assert ids(subjects_to_segment(root, [11, 2])) == ["11", "2"]
+
+
+def test_absent_folder_has_no_subjects(tmp_path):
+    absent = str(tmp_path / "absent")
+    assert training_subjects(absent, [9]) == validation_subjects(absent, [9]) == subjects_to_segment(absent, [1]) == []
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["subject-1-T1.nii"], r"subject-1-T1.nii: subject 1 has no T2; put subject-1-T2 beside it"),
+        (["subject-1-T2.nii"], r"subject 1 has no T1"),
+        (["subject-1-label.nii"], r"subject 1 has no T1"),
+        (["subject-1-T1.hdr"], r"subject-1-T1.hdr: its image subject-1-T1.img is missing"),
+        (["subject-1-T1.img"], r"subject-1-T1.img: its header subject-1-T1.hdr is missing"),
+        ([*analyze("subject-1-T1"), "subject-1-T1.nii.gz"], r"subject 1 has .*subject-1-T1.hdr as well; keep one"),
+        (["a/subject-1-T1.nii", "b/subject-1-T1.nii"], r"keep one of the two"),
+        (["a/T1/subject-1-T1.nii", "b/T2/subject-1-T2.nii"], r"b/T2/subject-1-T2.nii: lies elsewhere than .*a/T1/"),
+        (["subject1/subject-5-T1.nii", "subject2/subject-5-T2.nii"], r"subject2/.*: lies elsewhere than .*subject1/"),
+        (["A/subject-5-T1.nii", "a/subject-5-T2.nii"], r"a/subject-5-T2.nii: lies elsewhere than .*A/"),
+        (
+            ["scans/subject-1-T1.nii", "scans/subject-1-T2.nii", "labels/subject-1-label.nii"],
+            r"labels/subject-1-label.nii: lies elsewhere than .*scans/subject-1-T1.nii, and may be a segmentation; put",
+        ),
+        (["train_iseg_nocut_1.h5", "subject-1-T1.nii"], r"nocut_1.h5: subject 1 has .*subject-1-T1.nii as well; keep"),
+        (["a/train_iseg_nocut_1.h5", "b/train_iseg_nocut_1.h5"], r"subject 1 has .*nocut_1.h5 as well; keep one"),
+    ],
+)
+def test_incomplete_or_ambiguous_subjects_are_refused(tmp_path, names, message):
+    with pytest.raises(InputError, match=message):
+        find_subjects(str(touch(tmp_path, *names)))
+
+
+def test_folders_behind_links_are_entered_once(tmp_path):
+    touch(tmp_path / "elsewhere", "subject-1-T1.nii", "subject-1-T2.nii")
+    data = tmp_path / "data"
+    touch(data, "subject-2-T1.nii", "subject-2-T2.nii", "derivatives/subject-3-T1.nii")
+    links = {"one": "elsewhere", "two": "elsewhere", "itself": "data", "up": "", "results": "data/derivatives"}
+    for link, target in links.items():
+        (data / link).symlink_to(tmp_path / target)
+    assert ids(find_subjects(str(data))) == ["1", "2"]
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        ("A/T1", "A/T2", "A/label"),
+        ("T1w", "T2w", "labels"),
+        ("sub1_T1", "sub1_T2", "sub1_label"),
+        ("t1_nii", "t2_nii", "label_nii"),
+        ("imagesTr", "imagesTr", "labelsTr"),
+        (".", ".", "labels/final"),
+    ],
+)
+def test_a_folder_for_each_kind(tmp_path, folders):
+    names = ("subject-1-T1.nii", "subject-1-T2.nii", "subject-1-label.nii")
+    touch(tmp_path, *(f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)))
+    assert ids(training_subjects(str(tmp_path), [])) == ["1"]
+    assert ids(training_subjects(tmp_path, [])) == ["1"]
+
+
+def test_folder_that_can_not_be_read(open_folder, as_nobody):
+    touch(open_folder, "subject-1-T1.nii", "subject-1-T2.nii", "more/subject-2-T1.nii", "lost+found/x")
+    for folder in ("more", "lost+found"):
+        (open_folder / folder).chmod(0)
+    told = f"{open_folder}/more: can't be read (Permission denied); allow it, or take the folder away"
+    with as_nobody():
+        with pytest.raises(InputError, match=re.escape(told)):
+            find_subjects(str(open_folder))
+        assert ids(subjects_to_segment(str(open_folder), None, stop_at_bad_subject=False)) == ["1"]
+        assert bad_subjects(str(open_folder), None) == [told]
+        assert bad_subjects(str(open_folder), [1]) == []
+
+
+def test_ids_that_are_not_there(tmp_path):
+    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
+    with pytest.raises(InputError, match="val_subjects names subject 9, which isn't there; choose from 1"):
+        validation_subjects(str(tmp_path), [9])
+    with pytest.raises(InputError, match="val_subjects names subject 1, which has no label"):
+        validation_subjects(str(tmp_path), [1])
+    with pytest.raises(InputError, match="subjects names subject 2"):
+        subjects_to_segment(str(tmp_path), [2])
+
+
+def test_output_among_the_subjects(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "data")
+    for output in ("data", "data/labels", "data/../data", "link/x"):
+        with pytest.raises(InputError, match="lies in the dataset"):
+            require_apart(str(tmp_path / "data"), str(tmp_path / output))
+    for output in ("", "labels", "data-labels"):
+        require_apart(str(tmp_path / "data"), str(tmp_path / output))
+    for output in ("labels", "label", "."):
+        with pytest.raises(
+            InputError, match=r"is where true labels of .*/images would lie, and segmentations would be"
+        ):
+            require_apart(str(tmp_path / "images"), str(tmp_path / output))
+    for output in ("segmentations", "labels/first", "images-labels"):
+        require_apart(str(tmp_path / "images"), str(tmp_path / output))
+
+
+def test_output_among_the_subjects_by_url(tmp_path):
+    dataset = "s3://bucket/data"
+    for output in ("s3://bucket/data/", "s3://bucket/data/labels", "s3a://bucket/data", "s3://bucket/x/../data/y"):
+        with pytest.raises(InputError, match="lies in the dataset"):
+            require_apart(dataset, output)
+    for output in ("s3://bucket", "s3://bucket/data-labels", "gs://bucket/data/x", "bucket/data/x", "eval"):
+        require_apart(dataset, output)
+    require_apart("bucket/data", "s3://bucket/data/x")
+    with pytest.raises(InputError, match="lies in the dataset"):
+        require_apart(str(tmp_path), f"file://{tmp_path}/labels")
+    with pytest.raises(InputError, match="lies in the dataset"):
+        require_apart("s3://bucket", "s3://bucket/labels")
+
+
+def test_nothing_to_work_on(tmp_path):
+    with pytest.raises(InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.hdr/\.img, \.nii"):
+        require_subjects([], str(tmp_path), "train")
+    touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
+    with pytest.raises(InputError, match="no subject left to train among 1, 0 of them labelled"):
+        require_subjects([], str(tmp_path), "train")
+    with pytest.raises(InputError, match="val_subjects names none"):
+        require_subjects([], str(tmp_path), "validate")

@@ -1,0 +1,166 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from helpers import save_subject, save_volume
+from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor
+from monai.transforms import AsDiscreted, Spacingd
+
+from scripts.data.subjects import find_subjects
+from scripts.data.transforms import LoadSubjectd, MostLikelyTissued, NormalizeByT1Maskd
+from scripts.errors import InputError
+from scripts.tissues import tissue_labels
+
+RNG = np.random.default_rng(0)
+VALUES = RNG.integers(0, 900, (5, 6, 7)).astype(np.int16)
+VALUES[0, 0, 0] = 0  # background
+
+
+def subject_of(directory, **volumes) -> dict:
+    for kind, values in volumes.items():
+        save_volume(directory / f"subject-1-{kind}.nii.gz", values)
+    return find_subjects(str(directory))[0]
+
+
+def test_label_values():
+    iseg = np.array([0, 10, 150, 250, 10])
+    np.testing.assert_array_equal(tissue_labels(iseg, "x"), [0, 1, 2, 3, 1])
+    np.testing.assert_array_equal(tissue_labels(np.array([3, 0, 1]), "x"), [3, 0, 1])
+    for values, unknown in (([0, 10, 7], "7"), ([0.5], "0.5"), ([-1, 2], "-1"), ([4], "4")):
+        with pytest.raises(InputError, match=f"x: label value {unknown} isn't known"):
+            tissue_labels(np.array(values), "x")
+    with pytest.raises(InputError, match="x: mixes iSeg's label values with 1, 2, 3"):
+        tissue_labels(np.array([0, 1, 10]), "x")
+
+
+def test_loaded_subject(tmp_path):
+    label = np.array([0, 10, 150, 250], np.uint8)[RNG.integers(0, 4, VALUES.shape)]
+    loaded = LoadSubjectd()(subject_of(tmp_path, T1=VALUES, T2=VALUES + 7, label=label))
+    np.testing.assert_array_equal(loaded["image"], np.stack([VALUES, VALUES + 7]))
+    np.testing.assert_array_equal(loaded["t1"], VALUES[None])
+    np.testing.assert_array_equal(loaded["t2"], VALUES[None] + 7)
+    assert Path(loaded["t2"].meta["filename_or_obj"]).name.startswith("subject-1-T2")
+    np.testing.assert_array_equal(loaded["label"], np.searchsorted([0, 10, 150, 250], label)[None])
+    assert loaded["subject"] == "1"
+    assert loaded["image"].affine.diag().tolist() == [-1, 1, 1, 1]
+
+
+AFFINE = np.array([[0, 0, 1.5, -3], [-1.2, 0, 0, 5], [0, 2.0, 0, 7], [0, 0, 0, 1.0]])
+
+
+@pytest.mark.parametrize("axes", [(), (1,)])
+def test_one_file_of_t1_and_t2(tmp_path, axes):
+    values = np.stack([VALUES, VALUES + 7], axis=-1).reshape(*VALUES.shape, *axes, 2)
+    save_volume(tmp_path / "both.nii.gz", values, AFFINE)
+    for kind, volume in (("T1", VALUES), ("T2", VALUES + 7)):
+        save_volume(tmp_path / f"subject-1-{kind}.nii.gz", volume, AFFINE)
+    loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz")})
+    pair = LoadSubjectd()(find_subjects(str(tmp_path))[0])
+    for key in ("image", "t1", "t2"):
+        np.testing.assert_array_equal(loaded[key], pair[key])
+        np.testing.assert_array_equal(loaded[key].affine, pair[key].affine)
+        # files aren't, and then all that selects voxels is slow
+        assert loaded[key].is_contiguous()
+        assert pair[key].is_contiguous()
+    assert loaded["t1"].meta["filename_or_obj"] == str(tmp_path / "both.nii.gz")
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_file_of_more_than_two_volumes(tmp_path, count):
+    save_volume(tmp_path / "more.nii.gz", np.stack([VALUES] * count, axis=-1))
+    with pytest.raises(InputError, match=f"more.nii.gz: holds {count} volumes, not two; give T1 and T2, in this order"):
+        LoadSubjectd()({"image": str(tmp_path / "more.nii.gz")})
+
+
+def test_t2_beside_on_another_grid(tmp_path):
+    save_volume(tmp_path / "subject-9-T1.nii.gz", VALUES)
+    save_volume(tmp_path / "subject-9-T2.nii.gz", VALUES[1:])
+    with pytest.raises(InputError, match=r"T2.nii.gz: shape \(4, 6, 7\) differs"):
+        LoadSubjectd()({"image": str(tmp_path / "subject-9-T1.nii.gz")})
+
+
+def test_path_beside_the_image_does_not_disturb_a_change_of_voxel_size(tmp_path):
+    """MONAI Label puts `image_path` there."""
+    save_volume(tmp_path / "both.nii.gz", np.stack([VALUES, VALUES[::-1]], axis=-1))
+    loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz"), "image_path": "both.nii.gz"})
+    assert Spacingd("image", pixdim=[2, 2, 2])(loaded)["image_path"] == "both.nii.gz"
+
+
+def test_volumes_that_do_not_belong_together(tmp_path):
+    subject = subject_of(tmp_path / "shape", T1=VALUES, T2=VALUES[1:])
+    with pytest.raises(InputError, match=r"T2.nii.gz: shape \(4, 6, 7\) differs from \(5, 6, 7\) of .*T1"):
+        LoadSubjectd()(subject)
+    subject = subject_of(tmp_path / "label", T1=VALUES, T2=VALUES, label=np.zeros((5, 6, 8), np.uint8))
+    with pytest.raises(InputError, match=r"label.nii.gz: shape \(5, 6, 8\) differs"):
+        LoadSubjectd()(subject)
+    subject = subject_of(tmp_path / "affine", T1=VALUES, T2=VALUES)
+    save_volume(tmp_path / "affine" / "subject-1-T2.nii.gz", VALUES, np.diag([-1.0, 1, 1.2, 1]))
+    with pytest.raises(InputError, match=r"T2.nii.gz: its affine differs"):
+        LoadSubjectd()(subject)
+
+
+def test_empty_foreground(tmp_path):
+    with pytest.raises(InputError, match=r"T1.nii.gz: T1 is nowhere above 0"):
+        LoadSubjectd()(subject_of(tmp_path, T1=VALUES * 0, T2=VALUES))
+
+
+def test_published_normalisation(tmp_path):
+    t1 = np.where(RNG.random(VALUES.shape) > 0.4, VALUES, 0).astype(np.int16)
+    loaded = NormalizeByT1Maskd("image")(LoadSubjectd()(subject_of(tmp_path, T1=t1, T2=VALUES)))
+    for channel, values in zip(loaded["image"].numpy(), (t1, VALUES), strict=True):
+        brain = values[t1 > 0].astype(np.float64)
+        np.testing.assert_allclose(channel, (values - brain.mean()) / brain.std(), atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:std_mean:UserWarning")
+def test_constant_image_is_refused(tmp_path):
+    with pytest.raises(InputError, match="the T2 of this subject is constant inside the brain"):
+        LoadSubjectd()(subject_of(tmp_path / "mask", T1=VALUES, T2=np.full_like(VALUES, 5)))
+    loaded = LoadSubjectd()(subject_of(tmp_path / "scan", T1=VALUES, T2=VALUES[::-1]))
+    for channel, name in ((1, "T2"), (0, "T1")):  # T1 nowhere above 0, as after resampling a brain of a few voxels
+        loaded["image"][channel] = 0
+        with pytest.raises(InputError, match=f"the {name} of this subject is constant inside the brain"):
+            NormalizeByT1Maskd("image")(loaded)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> list[dict]:
+    """40 subjects whose T1 is all n and whose T2 is all 100 + n, but for the first voxel, and the last, which is 0."""
+    directory = tmp_path_factory.mktemp("many")
+    for n in range(1, 41):
+        volume = np.full((12, 12, 12), n, np.int16)
+        volume[0, 0, 0] += 1000
+        volume[-1, -1, -1] = 0
+        save_subject(directory, str(n), {"T1": volume, "T2": np.where(volume, volume + 100, 0)}, labeled=False)
+    return find_subjects(str(directory))
+
+
+def assert_none_lost_or_swapped(items) -> None:
+    seen = [(int(item["subject"]), item["image"].reshape(2, -1)) for item in items]
+    assert len(seen) == 40
+    for number, channels in seen:
+        assert channels.shape == (2, 12**3)
+        assert torch.equal(channels[:, 1:-1].unique(dim=1).flatten(), torch.tensor([number, number + 100.0]))
+
+
+def test_t1_and_t2_under_many_threads(many):
+    for _ in range(3):
+        assert_none_lost_or_swapped(CacheDataset(many, LoadSubjectd(), num_workers=16, progress=False))
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes:UserWarning")
+def test_t1_and_t2_under_many_processes(many):
+    loader = DataLoader(Dataset(many, LoadSubjectd()), batch_size=1, num_workers=8)
+    batches = list(loader)
+    assert_none_lost_or_swapped({"subject": b["subject"][0], "image": b["image"][0]} for b in batches)
+
+
+def test_label_of_logits_is_that_of_monai():
+    logits = MetaTensor(torch.randn(4, 8, 9, 10).round(decimals=1), affine=torch.diag(torch.tensor([2.0, 1, 1, 1])))
+    assert (logits.sort(dim=0, descending=True).values.diff(dim=0)[0] == 0).any()  # some are equal
+    found = MostLikelyTissued("pred")({"pred": logits})["pred"]
+    expected = AsDiscreted("pred", argmax=True)({"pred": logits})["pred"]
+    assert found.dtype == expected.dtype
+    assert torch.equal(found.as_tensor(), expected.as_tensor())
+    assert torch.equal(found.affine, expected.affine)

@@ -1,0 +1,101 @@
+import gzip
+
+import numpy as np
+import pytest
+from helpers import save_volume
+
+from scripts.data.hdf5 import read_hdf5
+from scripts.data.transforms import LoadSubjectd
+from scripts.data.volumes import read_volume
+from scripts.errors import InputError
+from scripts.weights import read_checkpoint
+
+RNG = np.random.default_rng(0)
+VALUES = RNG.integers(0, 900, (5, 6, 7)).astype(np.int16)
+VALUES[0, 0, 0] = 0  # background
+
+
+@pytest.mark.parametrize("suffix", [".hdr", ".nii", ".nii.gz"])
+def test_every_format_gives_the_values_and_the_grid_on_disk(tmp_path, suffix):
+    path = tmp_path / f"volume{suffix}"
+    save_volume(path, VALUES)
+    values, affine = read_volume(str(path))
+    assert values.dtype == np.float32
+    np.testing.assert_array_equal(values, VALUES)
+    np.testing.assert_array_equal(affine, np.diag([-1, 1, 1, 1]))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_no_numbers(tmp_path, bad):
+    values = VALUES.astype(np.float32)
+    values[1, 2, 3] = bad
+    save_volume(tmp_path / "volume.nii", values)
+    with pytest.raises(InputError, match=r"volume.nii: has NaN or infinite values"):
+        read_volume(str(tmp_path / "volume.nii"))
+
+
+@pytest.mark.parametrize("name", ["volume.img", "volume.nii", "volume.nii.gz"])
+def test_truncated_file(tmp_path, name):
+    path = tmp_path / name
+    save_volume(path.with_suffix(".hdr") if name.endswith(".img") else path, VALUES)
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=r"volume\S*: can't be read \(.*\); copy or convert the file again"):
+        read_volume(str(path.with_suffix(".hdr") if name.endswith(".img") else path))
+
+
+def test_file_that_goes_on_long_after_its_values(tmp_path):
+    save_volume(path := tmp_path / "a.nii.gz", VALUES)
+    whole = path.read_bytes()
+    path.write_bytes(whole + gzip.compress(bytes(2**20)))
+    assert read_volume(str(path))[0].shape == VALUES.shape
+    path.write_bytes(whole + gzip.compress(bytes(2**25)))
+    with pytest.raises(InputError, match=f"{path}: goes on long after its last value; copy"):
+        read_volume(str(path))
+
+
+@pytest.mark.parametrize("read", [read_volume, read_hdf5, read_checkpoint])
+def test_lack_of_memory_is_no_fault_of_the_file(tmp_path, monkeypatch, read):
+    def fail(*_: object, **__: object) -> None:
+        raise MemoryError("Unable to allocate")
+
+    for name in ("nibabel.load", "h5py.File", "torch.load"):
+        monkeypatch.setattr(name, fail)
+    with pytest.raises(MemoryError):
+        read(str(tmp_path / "scan"))
+
+
+def test_volume_with_a_real_fourth_dimension(tmp_path):
+    save_volume(tmp_path / "volume.nii", np.zeros((4, 4, 4, 2), np.int16))
+    with pytest.raises(InputError, match=r"shape \(4, 4, 4, 2\) isn't a 3-D volume"):
+        read_volume(str(tmp_path / "volume.nii"))
+
+
+@pytest.mark.parametrize(
+    ("t1", "t2"),
+    [
+        ("subject-9-T1.nii.gz", "subject-9-T2.nii.gz"),
+        ("subject-t1-t1.nii", "subject-t1-t2.nii"),
+        ("subject-9-T1.hdr", "subject-9-T2.hdr"),
+        ("sub_T1.nii.gz", "sub_T2.nii.gz"),
+        ("T1.nii.gz", "T2.nii.gz"),
+    ],
+)
+def test_t2_is_found_beside_its_t1(tmp_path, t1, t2):
+    save_volume(tmp_path / t1, VALUES)
+    save_volume(tmp_path / t2, VALUES + 7)
+    loaded = LoadSubjectd()({"image": str(tmp_path / t1)})
+    np.testing.assert_array_equal(loaded["image"], np.stack([VALUES, VALUES + 7]))
+
+
+def test_t1_without_its_t2(tmp_path):
+    save_volume(tmp_path / "subject-9-T1.nii.gz", VALUES)
+    with pytest.raises(InputError, match=rf"^{tmp_path}/subject-9-T2.nii.gz: not found, and .*subject-9-T1.* T1 alone"):
+        LoadSubjectd()({"image": str(tmp_path / "subject-9-T1.nii.gz")})
+
+
+@pytest.mark.parametrize("name", ["tmpt1x_9a.nii.gz", "subjectT1.nii.gz", "subject-T11.nii.gz", "subject-9-T1w.nii.gz"])
+def test_name_that_does_not_say_t1(tmp_path, name):
+    save_volume(tmp_path / name, VALUES)
+    save_volume(tmp_path / name.replace("T1", "T2").replace("t1", "t2"), VALUES)
+    with pytest.raises(InputError, match=f"{name}: holds one volume, and its name doesn't end in -T1"):
+        LoadSubjectd()({"image": str(tmp_path / name)})

@@ -1,0 +1,93 @@
+import json
+import re
+
+import pytest
+from helpers import ROOT
+
+from scripts.errors import InputError
+from scripts.settings import refuse_unknown_overrides
+
+TRAIN = str(ROOT / "configs" / "train.json")
+EVALUATE = str(ROOT / "configs" / "evaluate.json")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["run", "training", "--config_file", TRAIN, "--epochs", "3"],
+        ["run", "training", "--config_file", TRAIN, "--epochs=3", "--val_subjects=[1]", "--seed", "-1"],
+        ["run", "evaluating", "--config_file", f"['{TRAIN}','{EVALUATE}']", "--dataset-dir", "x"],
+        ["run", "--config_file", f"{TRAIN},{EVALUATE}", "--run_id", "training", "--logging_file", "x"],
+        ["run", "--config_file", TRAIN, "--tracking", "mlflow", "--train#trainer#max_epochs", "3"],
+        ["run", "--config_file", TRAIN, "--train::dataset::in_memory", "False", "--loss#_target_", "x"],
+        ["run", "--config_file", TRAIN, "--train#handlers#1#print_lr", "True", "-epochs", "3"],
+        ["--unrelated", "program"],
+    ],
+)
+def test_known_overrides(arguments):
+    refuse_unknown_overrides(arguments)
+
+
+@pytest.mark.parametrize("typo", [["--epocs", "1"], ["--epocs=1"], ["-epocs", "1"]])
+def test_unknown_override_gets_the_near_name(typo):
+    with pytest.raises(InputError, match=r"--epocs: no such setting; did you mean --epochs\?"):
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, *typo])
+
+
+@pytest.mark.parametrize(
+    ("typo", "near"),
+    [
+        ("train#trainer#max_epoch", "train::trainer::max_epochs"),
+        ("train#hanlders", "train::handlers"),
+        ("train::handlers::99", "known are"),
+        ("network_def#growth_rte", "network_def::growth_rate"),
+        ("trian#trainer#max_epochs", "--train"),
+        ("epochs#more", "known are"),
+    ],
+)
+def test_unknown_nested_override(typo, near):
+    with pytest.raises(InputError, match=f"--{typo}: no such setting; .*{near}"):
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, f"--{typo}", "1"])
+
+
+def test_unknown_override_without_a_near_name_gets_all():
+    with pytest.raises(InputError, match="--config_fle: no such setting; did you mean --config_file"):
+        refuse_unknown_overrides(["run", "--config_file", TRAIN, "--config_fle", "1"])
+    with pytest.raises(InputError, match=r"--xyzzy: no such setting; known are .*learning_rate"):
+        refuse_unknown_overrides(["run", "--config_file", TRAIN, "--xyzzy", "1"])
+
+
+def test_unknown_override_in_an_args_file(tmp_path):
+    args_file = tmp_path / "args.json"
+    args_file.write_text(json.dumps({"config_file": [TRAIN, EVALUATE], "batch_sise": 2}))
+    with pytest.raises(InputError, match="--batch_sise: no such setting; did you mean --batch_size"):
+        refuse_unknown_overrides(["run", "--args_file", str(args_file)])
+
+
+@pytest.mark.parametrize("option", ["args_file", "config_file"])
+@pytest.mark.parametrize("content", [b"", b'{"epochs": 3', b'{"epochs": "\xff"}', b"[1, 2]", b"3"])
+def test_file_of_settings_that_can_not_be_read(option, content, tmp_path):
+    path = tmp_path / "settings.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=rf"^--{option} {path}: (can't be read \(.*\); correct|holds no settings)"):
+        refuse_unknown_overrides(["run", "--config_file", TRAIN, f"--{option}", str(path)])
+
+
+# for which Python's parser has no room
+BRACKETS = "(" * 95 + ")" + "(" * 106 + "," + "(" * 97
+
+
+@pytest.mark.parametrize(("value", "reason"), [("{[9]: 1}", "unhashable type.*"), (BRACKETS, "too many brackets")])
+def test_value_that_can_not_be_read(value, reason):
+    with pytest.raises(
+        InputError, match=rf"^--val_subjects {re.escape(value)}: can't be read \(({reason})\); correct it"
+    ):
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, "--val_subjects", value])
+
+
+def test_override_of_a_component_that_is_not_there(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"loss": {"_target_": "DiceLos", "sigmoid": True}}))
+    refuse_unknown_overrides(["run", "--config_file", str(path), "--loss#sigmoid", "False"])
+    with pytest.raises(InputError, match="--loss#sigmod: no such setting; did you mean --loss::sigmoid"):
+        refuse_unknown_overrides(["run", "--config_file", str(path), "--loss#sigmod", "False"])

@@ -1,0 +1,160 @@
+import io
+import zipfile
+
+import pytest
+import torch
+
+from scripts.errors import InputError
+from scripts.network import SkipDenseSeg
+from scripts.weights import checkpoint_paths, holds, load_weights, starting_network
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    network = SkipDenseSeg()
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    return tmp_path / "model.pt", network
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_checkpoint_of_this_network(checkpoint, nested):
+    path, saved = checkpoint
+    if nested:
+        torch.save({"model": saved.state_dict(), "epoch": 3}, path)
+    network = SkipDenseSeg()
+    load_weights(network, str(path))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), saved.parameters(), strict=True))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"block_config": (4, 4, 4, 4)}, {"growth_rate": 8}, {"block_config": (4,)}, {"grouped_upsampling": True}],
+)
+def test_checkpoint_of_another_network_changes_nothing(checkpoint, other):
+    network = SkipDenseSeg(**other)
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    with pytest.raises(InputError, match=r"model.pt: a checkpoint of another network: .*set network_def"):
+        load_weights(network, str(checkpoint[0]))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"not a checkpoint", None, ["a list"], {"features.conv0.weight": "text"}),
+        *({"model": 3}, {"model": torch.ones(2)}, {"model": None}),
+    ],
+)
+def test_file_that_is_no_checkpoint(tmp_path, content):
+    path = tmp_path / "model.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(InputError, match=str(path)):
+        load_weights(SkipDenseSeg(), str(path))
+
+
+def test_checkpoint_that_is_larger_than_its_file(checkpoint):
+    path, network = checkpoint
+    content = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(content)) as records, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for name in records.namelist():
+            packed.writestr(name, bytes(len(records.read(name))) if "/data/" in name else records.read(name))
+    assert path.stat().st_size < len(content) / 10
+    with pytest.raises(InputError, match=f"{path}: is packed"):
+        load_weights(network, str(path))
+
+
+def test_truncated_checkpoint(checkpoint):
+    path, network = checkpoint
+    path.write_bytes(path.read_bytes()[:-1000])
+    with pytest.raises(InputError, match="can't be read as a checkpoint"):
+        load_weights(network, str(path))
+
+
+@pytest.mark.parametrize("content", [{"model": 3}, dict.fromkeys(SkipDenseSeg().state_dict(), 3)])
+def test_file_of_other_things_does_not_hold_the_network(tmp_path, content):
+    torch.save(content, tmp_path / "model.pt")
+    assert not holds(tmp_path / "model.pt", SkipDenseSeg())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tensor: tensor.to(torch.complex64),
+        lambda tensor: tensor.to("meta"),
+        lambda tensor: tensor.to_sparse(),
+    ],
+    ids=["complex", "without values", "sparse"],
+)
+def test_tensor_of_another_kind_is_refused(checkpoint, change):
+    path, network = checkpoint
+    state = network.state_dict() | {"conv_class.weight": change(network.conv_class.weight.detach())}
+    torch.save(state, path)
+    with pytest.raises(InputError, match=r"model.pt: .* 1 of another shape or kind \(the first: conv_class.weight\)"):
+        load_weights(SkipDenseSeg(), str(path))
+
+
+@pytest.mark.parametrize("change", [lambda tensor: tensor * torch.nan, lambda tensor: tensor.double() + 1e300])
+def test_weights_that_are_not_finite_are_refused(checkpoint, change):
+    path, network = checkpoint
+    torch.save(network.state_dict() | {"conv_class.weight": change(network.conv_class.weight.detach())}, path)
+    with pytest.raises(InputError, match=r"model.pt: conv_class.weight has NaN or infinite values; give another"):
+        load_weights(SkipDenseSeg(), str(path))
+
+
+def test_one_wrong_bit_among_the_weights_is_refused(checkpoint):
+    path, network = checkpoint
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="can't be read as a checkpoint"):
+        load_weights(network, str(path))
+
+
+def test_checkpoints_that_a_setting_names(tmp_path):
+    for fold in (2, 10, 1):
+        (tmp_path / f"fold-{fold}").mkdir()
+        (tmp_path / f"fold-{fold}" / "model.pt").touch()
+    (tmp_path / "fold-3").mkdir()
+    (tmp_path / "run[1]").mkdir()
+    (tmp_path / "run[1]" / "model.pt").touch()
+    one, ten, two = (str(tmp_path / f"fold-{fold}" / "model.pt") for fold in (1, 10, 2))
+    assert checkpoint_paths("not/there.pt") == ["not/there.pt"]
+    assert checkpoint_paths(str(tmp_path / "run[1]" / "model.pt")) == [str(tmp_path / "run[1]" / "model.pt")]
+    pattern = str(tmp_path / "fold-*" / "model.pt")
+    assert checkpoint_paths(pattern) == [one, ten, two]
+    assert checkpoint_paths(["not/there.pt", pattern]) == ["not/there.pt", one, ten, two]
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"), [("cv/fold-*/model.pt", r"cv/fold-\*/model.pt: no"), ([], "names none")]
+)
+def test_checkpoints_that_name_none(setting, message):
+    with pytest.raises(InputError, match=message):
+        checkpoint_paths(setting)
+
+
+def test_checkpoint_that_holds_a_network(checkpoint):
+    path, network = checkpoint
+    assert holds(path, network)
+    assert not holds(path.with_name("absent.pt"), network)
+    assert not holds(path, SkipDenseSeg())
+    assert not holds(path, SkipDenseSeg(block_config=(4,)))
+    torch.save({"model": network.state_dict(), "epoch": 3}, path)
+    assert holds(path, network)
+    path.write_bytes(path.read_bytes()[:-1000])
+    assert not holds(path, network)
+
+
+def test_network_that_training_starts_with(tmp_path, network):
+    torch.save(network.state_dict(), tmp_path / "model.pt")
+    fresh = SkipDenseSeg()
+    given = starting_network(fresh, "cpu", str(tmp_path / "model.pt"))
+    assert all(torch.equal(value, network.state_dict()[name]) for name, value in given.state_dict().items())
+    other = SkipDenseSeg()
+    before = {name: value.clone() for name, value in other.state_dict().items()}
+    assert all(torch.equal(v, before[n]) for n, v in starting_network(other, "cpu").state_dict().items())
+    with pytest.raises(InputError, match=r"absent\.pt"):
+        starting_network(SkipDenseSeg(), "cpu", str(tmp_path / "absent.pt"))
