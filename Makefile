@@ -43,21 +43,26 @@ bench: $(VENV)/.installed
 	$(PY) -m scripts bench
 
 # two tests at a time, so each computes on one core: more threads than cores wait for one another
-test test-unit test-slow: export OMP_NUM_THREADS := 1
+test test-unit test-slow test-all: export OMP_NUM_THREADS := 1
 # a GPU rounds otherwise than these tests allow
-test test-unit test-slow test-monailabel: export CUDA_VISIBLE_DEVICES :=
+test test-unit test-slow test-all test-monailabel: export CUDA_VISIBLE_DEVICES :=
+# files in their order: those of tests/system, which take longest, come first
+PYTEST := $(PY) -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # the loop of a person who edits: the modules, without commands, servers and other processes
 test-unit: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile tests/unit
+	$(PYTEST) -m "not slow" tests/unit
 
 test: $(VENV)/.installed-dev
-	$(PY) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
+	$(PYTEST) -m "not slow"
 
-# the demo from nothing and the set-up without make; the tests of the report want a browser (on Debian: chromium); files
-# in their order, or the demo would be the last and alone
+# the demo from nothing and the set-up without make; the tests of the report want a browser (on Debian: chromium)
 test-slow: $(VENV)/.installed-dev
-	$(PY) -m pytest -m slow --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m slow
+
+# both of them at once, so that what both need is made once
+test-all: $(VENV)/.installed-dev
+	$(PYTEST)
 
 # what is computed on an NVIDIA GPU; skipped where there is none
 test-gpu: $(VENV)/.installed-dev
@@ -67,8 +72,6 @@ test-gpu: $(VENV)/.installed-dev
 test-monailabel: $(VENV)-monailabel/.installed
 	$(VENV)-monailabel/bin/python -W ignore -c "import monailabel"
 	$(VENV)-monailabel/bin/python -m pytest -m monailabel tests/system/test_monailabel.py
-
-test-all: test test-slow
 
 lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

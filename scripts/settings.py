@@ -11,7 +11,7 @@ from typing import Any
 
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
-from monai.bundle.utils import ID_SEP_KEY
+from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS, ID_SEP_KEY
 
 from scripts.errors import InputError
 
@@ -87,6 +87,7 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
         return
     config = ConfigParser(_read_settings("config_file", options["config_file"], ConfigParser.load_config_files))
     of_monai = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
+    of_monai |= DEFAULT_MLFLOW_SETTINGS["configs"].keys()  # taken with `--tracking mlflow`
     for name in options:
         if hint := unknown_setting(name, config, of_monai):
             raise InputError(f"--{name}: no such setting; {hint}")

@@ -67,21 +67,25 @@ def start(seed: int, device: torch.device | str) -> None:
     set_determinism(seed)
 
 
-def require_training_settings(
-    network: torch.nn.Module, patch_size: Sequence[int] | int, val_subjects: Any, learning_rate: float, start_from: Any
-) -> None:
-    """Refuse settings that can't train, before anything is loaded.
+def require_settings(purpose: str, settings: Mapping[str, Any]) -> None:
+    """Refuse settings that can't be, before anything is loaded.
 
     Args:
-        network: the patch must be a multiple of its `stride`, if it has one.
-        patch_size: voxels along each axis, or one number for all three.
-        val_subjects: must name at least one subject.
-        learning_rate: must be a finite number above 0.
-        start_from: if given, must be a checkpoint that can be trained further.
+        purpose: 'train', 'validate' or 'segment'.
+        settings: by name. To train, `patch_size` must be a multiple of the `stride` of `network_def`, `val_subjects`
+            name a subject, `learning_rate` be a finite number above 0, and `start_from`, if given, be a checkpoint
+            that can be trained further.
 
     Raises:
         InputError: one of them isn't so.
     """
+    for least, names in LEAST.items():
+        require_whole_numbers(least, **{name: settings[name] for name in names if name in settings})
+    require_true_or_false(**{name: settings[name] for name in TRUE_OR_FALSE if name in settings})
+    if purpose != "train":
+        return
+    names = ("network_def", "patch_size", "val_subjects", "learning_rate", "start_from")
+    network, patch_size, val_subjects, learning_rate, start_from = (settings[name] for name in names)
     stride = getattr(network, "stride", 1)
     sides = (patch_size,) * 3 if isinstance(patch_size, int) else ensure_tuple(patch_size)
     if len(sides) != 3 or any(not isinstance(side, int) or side < 1 or side % stride for side in sides):
@@ -114,15 +118,9 @@ def check(
         folders: those of the run.
 
     Raises:
-        InputError: a setting can't be, no subject was chosen, or as `require_training_settings`, `require_apart` and
-            `exclusive_run`.
+        InputError: no subject was chosen, or as `require_settings`, `require_apart` and `exclusive_run`.
     """
-    for least, names in LEAST.items():
-        require_whole_numbers(least, **{name: settings[name] for name in names if name in settings})
-    require_true_or_false(**{name: settings[name] for name in TRUE_OR_FALSE if name in settings})
-    if purpose == "train":
-        names = ("patch_size", "val_subjects", "learning_rate", "start_from")
-        require_training_settings(settings["network_def"], **{name: settings[name] for name in names})
+    require_settings(purpose, settings)
     if purpose == "segment":
         require_apart(settings["dataset_dir"], settings["output_dir"])
         require_apart(folders.dataset, folders.output)

@@ -4,15 +4,17 @@ import logging
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
-from helpers import save_subject, small_brain
+from helpers import save_subject, save_volume, small_brain
 
+from scripts.commands.prepare_hdf5 import prepare_hdf5
 from scripts.network import SkipDenseSeg
 
 matplotlib.use("Agg")
@@ -94,3 +96,30 @@ def own_dataset(tmp_path: Path, brains: list[dict[str, np.ndarray]]) -> Callable
         return directory
 
     return make
+
+
+@pytest.fixture(scope="session")
+def hdf5_scans(tmp_path_factory, brains) -> Path:
+    """Labelled 1, 9 and, turned and with finer voxels, 2; unlabelled 11. To be read only."""
+    directory = tmp_path_factory.mktemp("scans")
+    # more on some sides than the margin of 32, less on others
+    wide = {kind: np.pad(values, ((40, 0), (3, 50), (33, 20))) for kind, values in brains[0].items()}
+    save_subject(directory, "1", wide)
+    save_subject(directory, "9", brains[1])
+    save_subject(directory, "11", brains[1], labeled=False)
+    turned_affine = np.array([[0, 0, 1, 0], [0, -1, 0, 0], [0.5, 0, 0, 0], [0, 0, 0, 1.0]])
+    for kind, values in wide.items():
+        stored = np.repeat(values, 2, axis=2).transpose(2, 1, 0)
+        save_volume(directory / f"subject-2-{kind}.nii.gz", stored, turned_affine)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def hdf5_prepared(hdf5_scans, tmp_path_factory) -> Path:
+    """The HDF5 files of these subjects. To be read only."""
+    output = tmp_path_factory.mktemp("prepared")
+    with redirect_stdout(StringIO()) as printed:
+        prepare_hdf5(str(hdf5_scans), str(output))
+    assert f"HDF5 files: 2 for training in {output}/data_train_no_cut, 1 for validation in" in printed.getvalue()
+    assert "1 subjects without a label left out" in printed.getvalue()
+    return output

@@ -1,13 +1,22 @@
 """Small data sets in iSeg's layout, the bundle's pages, and what several tests compare."""
 
+import hashlib
+import inspect
 import io
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 import torch.distributed.run
 from ignite.engine import Events
@@ -18,26 +27,50 @@ from scipy.ndimage import zoom
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.errors import input_error_in
 from scripts.results.label_images import write_analyze
+from scripts.results.tables import read_csv
 from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.synthesis.phantom_brains import label_map
-from scripts.tissues import ISEG_VALUES
+from scripts.tissues import ISEG_VALUES, TISSUES
 
 ROOT = Path(__file__).parents[1]
 
 
 def configured(dataset: Path, output: Path, *configs: str, **settings: Any) -> ConfigWorkflow:
-    """A command in this process, ready to run."""
+    """A command in this process, ready to run; without configs that of inference."""
+    names = configs or ("inference.json",)
+    folders = {"bundle_root": str(ROOT), "dataset_dir": str(dataset), "output_dir": str(output)}
+    if "train.json" in names and "evaluate.json" not in names:
+        folders["ckpt_dir"] = str(output)
     workflow = ConfigWorkflow(
-        [str(ROOT / "configs" / name) for name in configs],
-        workflow_type="train" if "train.json" in configs else "inference",
-        bundle_root=str(ROOT),
-        dataset_dir=str(dataset),
-        output_dir=str(output),
-        **settings,
+        [str(ROOT / "configs" / name) for name in names],
+        workflow_type="train" if "train.json" in names else "inference",
+        **folders | settings,
     )
     workflow.initialize()
     return workflow
+
+
+def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> str:
+    """The message of the InputError by which a call ends, however MONAI wraps it; what else goes wrong is raised."""
+    try:
+        call(*arguments, **named)
+    except Exception as error:
+        if input_error := input_error_in(error):
+            return str(input_error)
+        raise
+    return pytest.fail("it was accepted")
+
+
+def refused_run(dataset: Path, output: Path, *configs: str, **settings: Any) -> str:
+    """The message by which a command in this process is refused."""
+    return refusal(lambda: configured(dataset, output, *configs, **settings).run())
+
+
+def voxels(path: Path) -> np.ndarray:
+    """The values of an image, without axes of length 1."""
+    return np.squeeze(np.asarray(nib.load(path).dataobj))
 
 
 def copy_bundle(directory: Path) -> Path:
@@ -57,8 +90,21 @@ def save_volume(path: Path, values: np.ndarray, affine: np.ndarray | None = None
         nib.save(nib.Nifti1Image(values, np.diag([-1.0, 1, 1, 1]) if affine is None else affine), path)
 
 
+@cache
 def small_brain(number: int) -> dict[str, np.ndarray]:
-    """Label (0 to 3), T1 and T2 of a phantom shrunk to 0.4: 60 x 72 x 64 voxels."""
+    """Label (0 to 3), T1 and T2 of a phantom shrunk to 0.4: 60 x 72 x 64 voxels; kept for later runs of the tests."""
+    makers = [path.read_text() for path in sorted((ROOT / "scripts" / "synthesis").glob("*.py"))]
+    version = hashlib.sha256("".join([*makers, inspect.getsource(shrunken_phantom)]).encode()).hexdigest()[:16]
+    path = ROOT / ".pytest_cache" / "brains" / f"{number}-{version}.npz"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(unfinished := path.with_name(f"{os.getpid()}-{path.name}"), **shrunken_phantom(number))
+        unfinished.rename(path)
+    with np.load(path) as brain:
+        return dict(brain)
+
+
+def shrunken_phantom(number: int) -> dict[str, np.ndarray]:
     rng = np.random.default_rng([7, number])
     # the middle of the volume, where the brain lies
     label = zoom(label_map(rng)[:, 8:-8, 60:-60], 0.4, order=0)
@@ -90,24 +136,14 @@ def touch(directory: Path, *names: str) -> Path:
     return directory
 
 
-SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2}
-SETTINGS["batch_size"] = 1
-SETTINGS["synthetic_share"] = 0.5  # some patches are drawn, some are cut from the scan
+# some patches are drawn, some are cut from the scan
+SETTINGS = {"epochs": 3, "val_interval": 1, "crops_per_epoch": 2, "batch_size": 1, "synthetic_share": 0.5}
+SETTINGS["picture_interval"] = 0
 
 
 def train_in_process(dataset, output, **settings):
     """Train in this process; returns the loss of each step."""
-    workflow = ConfigWorkflow(
-        str(ROOT / "configs" / "train.json"),
-        workflow_type="train",
-        bundle_root=str(ROOT),
-        dataset_dir=str(dataset),
-        output_dir=str(output),
-        ckpt_dir=str(output),
-        **(SETTINGS | settings),
-    )
-    workflow.initialize()
-    losses = {}
+    workflow, losses = configured(dataset, output, "train.json", **SETTINGS | settings), {}
     trainer = workflow.trainer
     trainer.add_event_handler(
         Events.ITERATION_COMPLETED, lambda: losses.update({trainer.state.iteration: trainer.state.output[0]["loss"]})
@@ -200,8 +236,51 @@ def write_log(folder: Path, epochs: range, loss: int, validated_first: bool = Fa
 PAPER = {"block_config": (4, 4, 4, 4), "grouped_upsampling": True, "bias": True}
 
 
-def surface(mask: np.ndarray) -> np.ndarray:
-    """Positions of the voxels of which a face touches the outside."""
-    padded = np.pad(mask, 1)
-    inside = np.logical_and.reduce([np.roll(padded, s, axis) for axis in range(3) for s in (-1, 1)])
-    return np.argwhere(padded & ~inside) - 1
+SCORES = [f"{score}_{name}" for score in ("dice", "hd95", "hd_max", "asd") for name in (*TISSUES, "mean")]
+
+
+def assert_gathered(output: Path, printed: str) -> None:
+    """The tables are what NumPy makes of the folds' own files."""
+    folds = json.loads((output / "folds.json").read_text())["folds"]
+    of_folds = {row["subject"]: row for fold in folds for row in read_csv(output / f"fold-{fold}" / "metrics.csv")}
+    rows = read_csv(output / "metrics.csv")
+    assert list(rows[0]) == ["subject", "fold", *SCORES]
+    for row in rows:
+        assert row["subject"] in folds[row.pop("fold")]
+        assert row == of_folds[row["subject"]]
+    assert [row["subject"] for row in rows] == sorted(of_folds, key=int)
+    table = (output / "metrics.md").read_text()
+    assert table in printed
+    for row in rows:
+        percent = [f"{100 * float(row[f'dice_{name}']):.2f}" for name in (*TISSUES, "mean")]
+        assert f"| {' | '.join([row['subject'], *percent])} |" in table.splitlines()
+    for score, scale, title in (("dice", 100, "mean ± std"), ("hd95", 1, "HD95"), ("asd", 1, "ASD")):
+        values = [[scale * float(row[f"{score}_{name}"]) for row in rows] for name in (*TISSUES, "mean")]
+        with np.errstate(invalid="ignore"):
+            cells = [f"{np.mean(v):.2f} ± {np.std(v, ddof=1):.2f}" for v in values]
+        assert f"| {' | '.join([title, *cells])} |" in table.splitlines()
+
+
+def bids_folder(stem: str) -> str:
+    """The folder of a session's scans."""
+    return "/".join([*(part for part in stem.split("_") if part.startswith(("sub-", "ses-"))), "anat"])
+
+
+def save_bids(dataset: Path, stem: str, brain: dict[str, np.ndarray], **more: Any) -> None:
+    """Write T1w and T2w, and a dataset description if there is none."""
+    path = dataset / bids_folder(stem)
+    path.mkdir(parents=True, exist_ok=True)
+    for kind in ("T1", "T2"):
+        image = nib.Nifti1Image(brain[kind], np.diag([-1.0, 1, 1, 1]))
+        image.header.set_xyzt_units("mm")
+        nib.save(image, path / f"{stem}_{kind}w.nii.gz")
+    description = {"Name": "Small brains", "BIDSVersion": "1.11.1", **more}
+    (dataset / "dataset_description.json").write_text(json.dumps(description))
+
+
+def bids_errors(dataset: Path) -> set[tuple[str, str]]:
+    """Kind and place of what the validator finds wrong."""
+    command = [str(Path(sys.executable).with_name("bids-validator-deno")), str(dataset), "--format", "json"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    issues = json.loads(result.stdout)["issues"]["issues"]
+    return {(issue["code"], issue["location"]) for issue in issues if issue["severity"] == "error"}

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -19,15 +19,16 @@ import pytest
 import torch
 from helpers import ROOT
 
-# a training of seconds on the small dataset
+# a training of seconds on the small dataset, without pictures
 QUICK = ["--epochs", "1", "--val_interval", "1", "--crops_per_epoch", "2", "--batch_size", "1"]
+QUICK += ["--picture_interval", "0"]
 # Starts command lines in processes that are forked from one that has imported what they import, so that each is spared
 # the longest part of its start, and hands out their exit status. `first` arranges what is to fail in one.
 FORKING = """
 import json, os, runpy, signal, sys
 import monai.bundle, torch.utils.tensorboard
 import scripts.__main__, scripts.results.bids_derivative, scripts.report.page, scripts.results.probabilities
-import scripts.training.resume, scripts.training.tracking
+import scripts.training.resume, scripts.training.progress
 
 for line in sys.stdin:
     order = json.loads(line)
@@ -43,25 +44,34 @@ for line in sys.stdin:
     signal.alarm(300)  # what hangs is ended
     os.environ.clear()
     os.environ.update(order["environment"])
-    exec(order["first"], {})
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", torch.get_num_threads())))
     sys.argv = [order["module"], *order["arguments"]]
     sys.orig_argv = [sys.executable, "-m", *sys.argv]
-    runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
+    exec(order["first"], {})
+    if order["module"]:
+        runpy.run_module(order["module"], run_name="__main__", alter_sys=True)
     sys.exit()
 """
 
 
 class Commands:
-    """Commands in the root of the repository, as processes of their own, see FORKING; one at a time."""
+    """Commands in the root of the bundle or a copy of it, as processes of their own, see FORKING; one at a time."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, root: Path = ROOT, python: str = sys.executable, without: Collection[str] = (), **environment: str
+    ) -> None:
+        """`without`: variables of the environment that it hasn't."""
+        self.without, self.environment = without, {"PYTHONPATH": ""} | environment
         self.folder = tempfile.TemporaryDirectory()
         self.streams = [f"{self.folder.name}/{name}" for name in ("stdout", "stderr")]
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-c", FORKING],
-            cwd=ROOT, env=os.environ | {"PYTHONPATH": ""}, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            [python, "-W", "ignore", "-c", FORKING],
+            cwd=root, env=self.variables(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
         atexit.register(self.close)
+
+    def variables(self) -> dict[str, str]:
+        return {name: value for name, value in os.environ.items() if name not in self.without} | self.environment
 
     def close(self) -> None:
         self.process.communicate(timeout=60)
@@ -74,8 +84,7 @@ class Commands:
 
     def start(self, arguments: Sequence[str], first: str = "", module: str = "monai.bundle") -> int:
         """Start one and return its process id; the former must have been waited for."""
-        environment = os.environ | {"PYTHONPATH": ""}
-        order = {"module": module, "first": first, "environment": environment, "streams": self.streams}
+        order = {"module": module, "first": first, "environment": self.variables(), "streams": self.streams}
         return self.ask(arguments=arguments, **order)
 
     def wait(self, pid: int) -> subprocess.CompletedProcess:
@@ -97,6 +106,11 @@ class Commands:
 @cache
 def forked_commands() -> Commands:
     return Commands()
+
+
+def forked(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Run code in a process of its own that is forked from one which has imported the bundle."""
+    return forked_commands().run(arguments, first=code, module="")
 
 
 def bundle(
@@ -179,42 +193,49 @@ def server_environment(port: int) -> dict[str, str]:
 EVALUATE = "['configs/train.json','configs/evaluate.json']"
 
 
-def train(dataset: Path, output: Path, *arguments: str, cwd: Path = ROOT):
-    return bundle(
-        *("run", "training", "--config_file", "configs/train.json"),
-        *("--dataset_dir", str(dataset), "--output_dir", str(output), "--ckpt_dir", str(output)),
-        *QUICK,
-        *arguments,
-        cwd=cwd,
-    )
+def flags(**settings: object) -> list[str]:
+    """Settings as a command line has them."""
+    return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
 
 
-def evaluate(dataset: Path, output: Path, *arguments: str):
-    return bundle(
-        *("run", "evaluating", "--config_file", EVALUATE),
-        *("--dataset_dir", str(dataset), "--output_dir", str(output), *arguments),
-    )
+def training(dataset: Path, output: Path, *more: str) -> list[str]:
+    """The arguments of a training of seconds, to a folder of its own; likewise those of the other commands."""
+    folders = flags(dataset_dir=dataset, output_dir=output, ckpt_dir=output)
+    return ["run", "training", "--config_file", "configs/train.json", *folders, *QUICK, *more]
 
 
-def segment(dataset: Path, output: Path, *arguments: str):
-    return bundle(
-        *("run", "--config_file", "configs/inference.json"),
-        *("--dataset_dir", str(dataset), "--output_dir", str(output), *arguments),
-    )
+def evaluating(dataset: Path, output: Path, *more: str) -> list[str]:
+    return ["run", "evaluating", "--config_file", EVALUATE, *flags(dataset_dir=dataset, output_dir=output), *more]
+
+
+def segmenting(dataset: Path, output: Path, *more: str) -> list[str]:
+    folders = flags(dataset_dir=dataset, output_dir=output)
+    return ["run", "--config_file", "configs/inference.json", *folders, *more]
 
 
 def nothing_written(output: Path) -> bool:
     return not output.exists() or not any(output.iterdir())
 
 
-def assert_refused(result, output: Path, *words: str) -> None:
+def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
+    """The command failed, with one line that has these words."""
     assert result.returncode != 0
-    message = last_line(result)
-    assert message.startswith("error: ")
-    assert "Traceback" not in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr, result.stdout + result.stderr
+    assert last_line(result).startswith("error: "), result.stderr
     for word in words:
-        assert word in message, message
+        assert word in last_line(result)
+
+
+def assert_refused(result: subprocess.CompletedProcess, output: Path, *words: str) -> None:
+    assert_one_line(result, *words)
     assert nothing_written(output)
+
+
+def succeeds(*arguments: str, **how: Any) -> subprocess.CompletedProcess:
+    """The result of a command that must not fail; arguments as of `bundle`."""
+    result = bundle(*arguments, **how)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def torchrun(processes: int, *arguments: str) -> list[str]:
@@ -226,6 +247,10 @@ def torchrun(processes: int, *arguments: str) -> list[str]:
 def run(command: list[str], cwd=ROOT, **variables: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": "", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | variables
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def torchrun_bundle(processes: int, *arguments: str) -> subprocess.CompletedProcess:
+    return run(torchrun(processes, "-m", "monai.bundle", *arguments))
 
 
 # runs the bundle's command line, but ends the process without warning: while the state after epoch 2 is written, or

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import subprocess
 import zipfile
 from fnmatch import fnmatch
 from pathlib import Path
@@ -33,11 +34,14 @@ def contents(root: Path) -> list[str]:
     """Return the names of the files that go into the zip, without the copies at the top.
 
     Args:
-        root: the folder of the bundle.
+        root: the folder of the bundle. In a git checkout, only tracked files go in: others may be private.
     """
     paths = (path for pattern in CONTENTS for path in root.glob(pattern) if path.is_file())
-    names = sorted({path.relative_to(root).as_posix() for path in paths})
-    return [name for name in names if "/." not in name and not any(fnmatch(name, pattern) for pattern in LEFT_OUT)]
+    names = {path.relative_to(root).as_posix() for path in paths}
+    if (root / ".git").exists():
+        tracked = subprocess.run(["git", "-C", str(root), "ls-files", "-z"], capture_output=True, text=True, check=True)
+        names &= {*tracked.stdout.split("\0")}
+    return sorted(name for name in names if "/." not in name and not any(fnmatch(name, each) for each in LEFT_OUT))
 
 
 def require_publishable(root: Path) -> None:

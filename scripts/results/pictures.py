@@ -125,9 +125,6 @@ class PictureSaver(BackgroundWriter):
 
     The file is `subject-<id>-scored.png` for a subject with a label, else `subject-<id>-label.png`; for a BIDS dataset
     see `scripts.results.paths.derivative_path`.
-
-    Args:
-        output_dir: the folder to write to.
     """
 
     what = "pictures (.png)"

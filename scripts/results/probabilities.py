@@ -53,9 +53,6 @@ class ProbabilitySaver(BackgroundWriter):
     """Handler that writes the `probabilities` of CSF, GM and WM per subject, a NIfTI file each.
 
     The files are `subject-<id>-probability-csf.nii.gz`, `-gm` and `-wm`; background has the rest to 1.
-
-    Args:
-        output_dir: the folder to write to.
     """
 
     what = "probabilities"
@@ -66,11 +63,7 @@ class ProbabilitySaver(BackgroundWriter):
 
 
 class UncertaintySaver(BackgroundWriter):
-    """Handler that writes the `uncertainty` per subject as `subject-<id>-uncertainty.nii.gz`.
-
-    Args:
-        output_dir: the folder to write to.
-    """
+    """Handler that writes the `uncertainty` per subject as `subject-<id>-uncertainty.nii.gz`."""
 
     what = "uncertainty"
 

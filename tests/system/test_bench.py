@@ -7,7 +7,10 @@ import torch
 from helpers import save_subject
 
 from scripts.commands import bench
+from scripts.errors import InputError
+from scripts.inference.precision import network_precision
 
+pytestmark = pytest.mark.slow
 CPU = torch.device("cpu")
 
 
@@ -31,7 +34,6 @@ def results(tmp_path_factory, brains) -> dict:
     return json.loads((output / "bench.json").read_text())
 
 
-@pytest.mark.slow
 def test_training_steps_of_both_variants_and_the_other_networks(results):
     rows = {(row["network"], row["batch"]): row for row in results["training step, patch of 32^3"]}
     for batch in (1, 4):
@@ -42,7 +44,6 @@ def test_training_steps_of_both_variants_and_the_other_networks(results):
         assert {(name, batch) for name in ("DynUNet", "SegResNet", "UNet")} < set(rows)
 
 
-@pytest.mark.slow
 def test_one_subject_by_each_way(results):
     published, common, foreground, ours, *others = results["one subject, network only"]
     # 60 x 72 x 64 voxels, padded to 64 x 80 x 64: (32 / 8 + 1) * (48 / 8 + 1) * (32 / 8 + 1)
@@ -60,7 +61,6 @@ def test_one_subject_by_each_way(results):
     assert sum(row["seconds"] for row in in_windows) > sum(row["seconds"] for row in in_one_pass)
 
 
-@pytest.mark.slow
 def test_own_subject_by_the_published_way_in_full(tmp_path, brains, monkeypatch):
     monkeypatch.setattr(bench, "PATCH", 32)
     save_subject(tmp_path, "7", brains[0], labeled=True)
@@ -74,18 +74,25 @@ def test_own_subject_by_the_published_way_in_full(tmp_path, brains, monkeypatch)
         assert row["Dice"] == pytest.approx(published["Dice"], abs=0.05)
 
 
-@pytest.mark.slow
 def test_memory_grows_with_the_volume(results):
     small, large = results["growth with volume"]
     assert (small["volume"], large["volume"]) == ("32^3", "48^3")
     assert small["peak GB"] is None or 0 < small["peak GB"] < large["peak GB"] < 1
 
 
-@pytest.mark.slow
 def test_feed_and_end_to_end(results):
     (feed,) = results["training feed, batch 4"]
-    assert feed["steps a second, feed alone"] > 1
+    assert feed["steps per second, feed alone"] > 1
     (folder,) = results["a folder of subjects, end to end"]
     assert folder["subjects"] == 1
-    assert folder["start-up, s"] + folder["seconds a subject"] < folder["seconds"] + 1
-    assert "network" in folder["of these"]
+    assert folder["start-up, s"] + folder["seconds per subject"] < folder["seconds"] + 1
+    assert "network" in folder["of which"]
+
+
+def test_why_segmenting_a_folder_failed_is_told(tmp_path):
+    with pytest.raises(InputError, match=r"nowhere: segmenting ended with status 1: error: .*no such folder"):
+        bench.end_to_end(tmp_path / "nowhere", tmp_path / "out", "fp32")
+
+
+def test_ceiling_is_of_the_type_that_is_used():
+    assert bench.convolution_ceiling(CPU, network_precision(CPU, "auto")) > 1

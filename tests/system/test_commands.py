@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import re
 import resource
 import shutil
@@ -11,23 +10,43 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-import fire
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, configured, is_picture, save_subject, save_volume, tensorboard_log
-from monai.bundle import ConfigParser, ConfigWorkflow
+from bad_subjects import save
+from helpers import (
+    PAPER,
+    ROOT,
+    configured,
+    is_picture,
+    refused_run,
+    save_subject,
+    save_volume,
+    tensorboard_log,
+    voxels,
+)
+from monai.bundle import ConfigParser
 from PIL import Image
-from processes import QUICK, assert_refused, bundle, evaluate, last_line, nothing_written, segment, train
+from processes import (
+    QUICK,
+    assert_one_line,
+    assert_refused,
+    bundle,
+    evaluating,
+    flags,
+    last_line,
+    nothing_written,
+    segmenting,
+    succeeds,
+    training,
+)
 
-from scripts.__main__ import take_text_as_it_is
-from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
 from scripts.results.metrics import tissue_scores
 from scripts.results.tables import read_csv
 from scripts.segment import segment as segment_files
-from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
+from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, nominal, six_month_image, six_month_subject
 from scripts.synthesis.phantom_brains import label_map
 from scripts.tissues import tissue_labels
 
@@ -35,29 +54,16 @@ from scripts.tissues import tissue_labels
 @pytest.fixture(scope="module")
 def trained(dataset, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("trained")
-    result = train(dataset, output, "--epochs", "2")
-    assert result.returncode == 0, result.stderr
+    result = succeeds(*training(dataset, output, "--epochs", "2", "--picture_interval", "1"))
     assert f"best network: {output}/model.pt" in result.stdout
     return output
-
-
-@pytest.mark.slow
-def test_training_starts_from_a_checkpoint(dataset, trained, tmp_path):
-    found = torch.load(trained / "model.pt", weights_only=True)
-    result = train(dataset, tmp_path, "--start_from", str(trained / "model.pt"), "--learning_rate", "1e-9")
-    assert result.returncode == 0, result.stderr
-    after = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
-    for name, weights in SkipDenseSeg().named_parameters():
-        torch.testing.assert_close(after[name], found[name], rtol=0, atol=1e-6)
-        assert weights.ndim == 1 or not torch.allclose(weights, found[name], atol=1e-3)
 
 
 @pytest.fixture(scope="module")
 def segmented(dataset, tmp_path_factory) -> Path:
     """Segmentations of subjects 9 (labelled) and 11 with the weights that the bundle includes."""
     output = tmp_path_factory.mktemp("segmented")
-    result = segment(dataset, output, "--subjects", "[9,11]")
-    assert result.returncode == 0, result.stderr
+    result = succeeds(*segmenting(dataset, output, "--subjects", "[9,11]"))
     assert str(output) in result.stdout
     spans = r"waiting for reading [\d.]+, network [\d.]+, back to the own grid [\d.]+, writing [\d.]+"
     told = re.search(rf"time: ([\d.]+) s to start up, then ([\d.]+) s a subject, {spans}", result.stdout)
@@ -82,34 +88,43 @@ def test_training_leaves_the_best_network_the_last_epoch_and_a_log(trained):
     assert all(is_picture(np.asarray(Image.open(BytesIO(p.encoded_image_string)))) for p in pictures)
 
 
-def test_training_again_keeps_the_earlier_weights(dataset, trained, tmp_path):
+def test_training_starts_from_a_checkpoint_and_keeps_what_it_replaces(dataset, trained, tmp_path):
     shutil.copy(trained / "model.pt", tmp_path)
-    result = train(dataset, tmp_path)
-    assert result.returncode == 0, result.stderr
-    earlier = list(tmp_path.glob("model-*.pt"))
-    assert [path.read_bytes() for path in earlier] == [(trained / "model.pt").read_bytes()]
-    assert str(earlier[0]) in result.stdout
+    start = ("--start_from", str(tmp_path / "model.pt"), "--learning_rate", "1e-9")
+    result = succeeds(*training(dataset, tmp_path, *start))
+    found = torch.load(trained / "model.pt", weights_only=True)
+    after = torch.load(tmp_path / "last.pt", weights_only=True)["model"]
+    for name, weights in SkipDenseSeg().named_parameters():
+        torch.testing.assert_close(after[name], found[name], rtol=0, atol=1e-6)
+        assert weights.ndim == 1 or not torch.allclose(weights, found[name], atol=1e-3)
+    (earlier,) = tmp_path.glob("model-*.pt")
+    assert earlier.read_bytes() == (trained / "model.pt").read_bytes()
+    assert str(earlier) in result.stdout
 
 
 def test_training_of_fewer_epochs_than_the_interval_saves_its_own_network(dataset, tmp_path):
     for epochs, interval, validated in ((3, 2, [2, 3]), (1, 10, [1])):
         output = tmp_path / f"{epochs}-epochs"
         settings = {"epochs": epochs, "val_interval": interval, "crops_per_epoch": 2, "batch_size": 1}
-        configured(dataset, output, "train.json", ckpt_dir=str(output), **settings).run()
+        settings["picture_interval"] = 0
+        configured(dataset, output, "train.json", **settings).run()
         assert [value.step for value in tensorboard_log(output).Scalars("val_mean_dice")] == validated
         assert (output / "model.pt").exists()
 
 
-def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tmp_path):
-    result = evaluate(dataset, tmp_path)
-    assert result.returncode == 0, result.stderr
-    rows = read_csv(tmp_path / "metrics.csv")
-    names = [
-        f"{score}_{tissue}" for score in ("dice", "hd95", "hd_max", "asd") for tissue in ("csf", "gm", "wm", "mean")
-    ]
-    assert list(rows[0]) == ["subject", *names]
-    assert [row["subject"] for row in rows] == ["9"]
-    percent = [f"{100 * float(rows[0][f'dice_{tissue}']):.2f}" for tissue in ("csf", "gm", "wm", "mean")]
+def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, segmented, tmp_path):
+    result = succeeds(*evaluating(dataset, tmp_path))
+    (row,) = read_csv(tmp_path / "metrics.csv")
+    label, segmentation = (
+        tissue_labels(voxels(path).astype(np.float32), str(path))[None]
+        for path in (dataset / "subject-9-label.hdr", segmented / "subject-9-label.nii.gz")
+    )
+    expected = tissue_scores(torch.from_numpy(segmentation), torch.from_numpy(label), (1, 1, 1))
+    tissues = ("csf", "gm", "wm", "mean")
+    scores = [f"{score}_{tissue}" for score in ("dice", "hd95", "hd_max", "asd") for tissue in tissues]
+    assert (list(row), row["subject"]) == (["subject", *scores], "9")
+    assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
+    percent = [f"{100 * float(row[f'dice_{tissue}']):.2f}" for tissue in tissues]
     assert (tmp_path / "metrics.md").read_text() in result.stdout
     assert "| Subject | CSF | GM | WM | Average |" in result.stdout
     assert f"| 9 | {' | '.join(percent)} |" in result.stdout
@@ -117,17 +132,6 @@ def test_evaluation_writes_scores_and_a_picture_and_prints_the_table(dataset, tm
     report = (tmp_path / "report.html").read_text()
     assert report.count('class="viewer"') == 1
     assert f"<td>{percent[0]}</td><td>{percent[1]}</td>" in report
-
-
-def test_evaluation_scores_the_segmentation_against_the_file_on_disk(dataset, segmented, tmp_path):
-    assert evaluate(dataset, tmp_path).returncode == 0
-    row = read_csv(tmp_path / "metrics.csv")[0]
-    label, segmentation = (
-        tissue_labels(np.asarray(nib.load(path).dataobj).astype(np.float32), str(path))[None, ..., 0]
-        for path in (dataset / "subject-9-label.hdr", segmented / "subject-9-label.nii.gz")
-    )
-    expected = tissue_scores(torch.from_numpy(segmentation), torch.from_numpy(label), (1, 1, 1))
-    assert {name: float(row[name]) for name in expected} == pytest.approx(expected)
 
 
 def test_scores_and_volumes_on_another_grid_are_those_of_the_files(brains, tmp_path):
@@ -138,10 +142,8 @@ def test_scores_and_volumes_on_another_grid_are_those_of_the_files(brains, tmp_p
         stored = np.repeat(values[::2], 2, axis=2).transpose(2, 0, 1)[:, ::-1, ::-1]
         save_volume(data / f"subject-9-{kind}.nii.gz", stored, affine)
     configured(data, tmp_path / "scores", "train.json", "evaluate.json", run_id="evaluating").run()
-    configured(data, tmp_path / "labels", "inference.json", subjects=9).run()
-    label, segmentation = (
-        nib.load(path) for path in (data / "subject-9-label.nii.gz", tmp_path / "labels" / "subject-9-label.nii.gz")
-    )
+    configured(data, tmp_path / "labels", subjects=9).run()
+    label, segmentation = (nib.load(folder / "subject-9-label.nii.gz") for folder in (data, tmp_path / "labels"))
     assert segmentation.shape == label.shape
     np.testing.assert_array_equal(segmentation.affine, affine)
     pair = [torch.from_numpy(np.asarray(image.dataobj)[None].copy()) for image in (segmentation, label)]
@@ -159,251 +161,110 @@ def test_subject_that_fills_little_of_its_volume(brains, tmp_path):
     for kind, values in brains[0].items():
         save_volume(data / f"subject-9-{kind}.nii.gz", np.pad(values, ((60, 40), (0, 50), (70, 0))))
     save_volume(data / "subject-9-label.nii.gz", np.full((160, 122, 134), 77, np.uint8))
-    configured(data, tmp_path / "labels", "inference.json", subjects=[9]).run()
-    labels = np.asarray(nib.load(tmp_path / "labels" / "subject-9-label.nii.gz").dataobj)
+    configured(data, tmp_path / "labels", subjects=[9]).run()
+    labels = voxels(tmp_path / "labels" / "subject-9-label.nii.gz")
     brain = np.pad(brains[0]["T1"], ((60, 40), (0, 50), (70, 0))) > 0
     assert not labels[~brain].any()
     assert (labels[brain] > 0).mean() > 0.9
     assert (tmp_path / "labels" / "subject-9-label.png").exists()
 
 
-def test_segmentation_opens_beside_the_t1(dataset, segmented):
-    for subject in ("9", "11"):
-        t1 = nib.load(dataset / f"subject-{subject}-T1.hdr")
-        label = nib.load(segmented / f"subject-{subject}-label.nii.gz")
+def test_segmentation_opens_beside_the_t1_and_has_the_volumes_of_the_table(dataset, segmented):
+    rows = read_csv(segmented / "volumes.csv")
+    assert [row["subject"] for row in rows] == ["9", "11"]
+    for row in rows:
+        t1 = nib.load(dataset / f"subject-{row['subject']}-T1.hdr")
+        label = nib.load(segmented / f"subject-{row['subject']}-label.nii.gz")
         assert label.shape == t1.shape
         np.testing.assert_array_equal(label.affine, t1.affine)
         values = np.asarray(label.dataobj)
         assert values.dtype == np.uint8
         assert set(np.unique(values)) <= {0, 1, 2, 3}
         assert not values[np.asarray(t1.dataobj) == 0].any()
-        assert (segmented / f"subject-{subject}-label.png").stat().st_size > 10_000
-
-
-def test_volumes_are_those_of_the_segmentation(segmented):
-    rows = read_csv(segmented / "volumes.csv")
-    assert [row["subject"] for row in rows] == ["9", "11"]
-    for row in rows:
-        values = np.asarray(nib.load(segmented / f"subject-{row['subject']}-label.nii.gz").dataobj)
-        counts = {"csf_ml": 1, "gm_ml": 2, "wm_ml": 3}
-        for name, value in counts.items():
-            assert float(row[name]) == pytest.approx(np.count_nonzero(values == value) / 1000)
-        assert float(row["brain_ml"]) == pytest.approx(np.count_nonzero(values) / 1000)
-
-
-def test_unlabelled_subjects_are_segmented_by_default_also_as_analyze(dataset, tmp_path):
-    result = segment(dataset, tmp_path, "--label_suffix", ".hdr")
-    assert result.returncode == 0, result.stderr
-    names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11-label.png", "volumes.csv", "report.html"}
-    names.add("inference-provenance.json")
-    assert {path.name for path in tmp_path.iterdir()} == names
-    assert set(np.unique(np.asarray(nib.load(tmp_path / "subject-11-label.hdr").dataobj))) <= {0, 10, 150, 250}
-
-
-def test_other_grids_come_back_right(dataset, segmented, brains, tmp_path):
-    """The same brain stored with turned axes gives the same labels; with other voxels it gives nearly the same."""
-    data = tmp_path / "data"
-    size = brains[0]["T1"].shape[0]
-    turned_affine = np.array([[0, 0, 1, 1 - size], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
-    for kind in ("T1", "T2"):
-        values = brains[0][kind]
-        save_volume(data / f"subject-1-{kind}.nii.gz", values[::-1].transpose(2, 1, 0), turned_affine)
-        doubled = np.repeat(values, 2, axis=2)
-        save_volume(data / f"subject-2-{kind}.nii.gz", doubled, np.diag([-1, 1, 0.5, 1]))
-    result = segment(data, tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    expected = np.asarray(nib.load(segmented / "subject-9-label.nii.gz").dataobj)[..., 0]
-    turned = nib.load(tmp_path / "out" / "subject-1-label.nii.gz")
-    np.testing.assert_array_equal(turned.affine, turned_affine)
-    np.testing.assert_array_equal(np.asarray(turned.dataobj).transpose(2, 1, 0)[::-1], expected)
-    finer = nib.load(tmp_path / "out" / "subject-2-label.nii.gz")
-    assert finer.shape == (*expected.shape[:2], 2 * expected.shape[2])
-    np.testing.assert_array_equal(finer.affine, np.diag([-1, 1, 0.5, 1]))
-    brain = expected > 0
-    assert np.mean(np.asarray(finer.dataobj)[..., ::2][brain] == expected[brain]) > 0.9
+        assert (segmented / f"subject-{row['subject']}-label.png").stat().st_size > 10_000
+        counts = dict(zip(("csf_ml", "gm_ml", "wm_ml"), np.bincount(values.ravel(), minlength=4)[1:], strict=True))
+        for name, count in (counts | {"brain_ml": sum(counts.values())}).items():
+            assert float(row[name]) == pytest.approx(count / 1000)
 
 
 def test_subjects_of_differing_shapes_and_formats_in_one_folder(brains, tmp_path):
-    data = tmp_path / "data"
+    data, output, labels = (tmp_path / name for name in ("data", "out", "labels"))
     for subject, suffix, cut in (("1", ".hdr", 0), ("2", ".nii.gz", 4), ("9", ".nii", 8), ("11", ".hdr", 2)):
         brain = {kind: np.pad(values, ((0, 0), (cut, 0), (0, cut))) for kind, values in brains[0].items()}
         save_subject(data, subject, brain, labeled=subject != "11", suffix=suffix)
-    (data / "__MACOSX").mkdir()
-    (data / "__MACOSX" / "._subject-3-T1.hdr").write_bytes(b"\0")
-    output = tmp_path / "out"
-    quick = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 2, "ckpt_dir": str(output)}
+    save_volume(data / "__MACOSX" / "._subject-3-T1.nii", np.zeros((2, 2, 2), np.uint8))
+    quick = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 2}
     configured(data, output, "train.json", "recipes/robust.json", **quick).run()
-    configured(data, output, "inference.json", ckpt_dir=str(output)).run()
-    assert nib.load(output / "subject-11-label.nii.gz").shape == (60, 74, 66, 1)
+    # by default those without a label
+    configured(data, labels, ckpt_dir=str(output), label_suffix=".hdr").run()
+    names = {"subject-11-label.hdr", "subject-11-label.img", "subject-11-label.png", "volumes.csv", "report.html"}
+    assert {path.name for path in labels.iterdir()} == {*names, "inference-provenance.json"}
+    label = np.asarray(nib.load(labels / "subject-11-label.hdr").dataobj)
+    assert label.shape == (60, 74, 66, 1)
+    assert set(np.unique(label)) <= {0, 10, 150, 250}
 
 
 @pytest.mark.slow
 def test_both_command_styles_from_another_directory(dataset, tmp_path):
     configs = [str(ROOT / "configs" / name) for name in ("train.json", "evaluate.json", "inference.json")]
-    root = ["--bundle_root", str(ROOT), "--dataset_dir", str(dataset)]
-    result = bundle(
-        *("run", "--config_file", configs[0], *root, "--output_dir", "out", "--ckpt_dir", "out", *QUICK), cwd=tmp_path
-    )
-    assert result.returncode == 0, result.stderr
+    root = flags(bundle_root=ROOT, dataset_dir=dataset)
+    results = flags(output_dir="out", ckpt_dir="out")
+    succeeds("run", "--config_file", configs[0], *root, *results, *QUICK, cwd=tmp_path)
     assert (tmp_path / "out" / "model.pt").exists()
     (tmp_path / "args.json").write_text(json.dumps({"config_file": configs[:2]}))
-    result = bundle("run", "--args_file", "args.json", *root, "--output_dir", "scores", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    succeeds("run", "--args_file", "args.json", *root, "--output_dir", "scores", cwd=tmp_path)
     assert (tmp_path / "scores" / "metrics.csv").exists()
-    result = bundle("run", "--config_file", configs[2], *root, "--output_dir", "labels", cwd=tmp_path)
-    assert result.returncode == 0, result.stderr
+    succeeds("run", "--config_file", configs[2], *root, "--output_dir", "labels", cwd=tmp_path)
     assert (tmp_path / "labels" / "subject-11-label.nii.gz").exists()
 
 
-@pytest.mark.parametrize("place", [".", "labels"])
-def test_segmentations_are_not_written_among_the_subjects(own_dataset, place):
+def test_segmentations_are_not_written_among_the_subjects(own_dataset):
     data = own_dataset()
     before = sorted(data.iterdir())
-    result = segment(data, data / place)
-    assert result.returncode != 0
-    assert last_line(result).startswith("error: ")
-    assert "choose an --output_dir outside" in last_line(result)
+    assert_one_line(bundle(*segmenting(data, data)), "choose an --output_dir outside")
     assert sorted(data.iterdir()) == before
 
 
-def test_misspelt_override(dataset, tmp_path):
-    output = tmp_path / "out"
-    assert_refused(train(dataset, output, "--epocs", "1"), output, "--epocs", "did you mean --epochs?")
-
-
-def test_folder_that_is_not_there(tmp_path):
-    output = tmp_path / "out"
-    assert_refused(segment(tmp_path / "dta", output), output, f"{tmp_path}/dta: no such folder", "--dataset_dir")
-
-
-def test_setting_that_can_not_train(dataset, tmp_path):
-    output = tmp_path / "out"
-    assert_refused(train(dataset, output, "--patch_size", "[50,50,50]"), output, "--patch_size", "multiples of 4")
-
-
-@pytest.mark.parametrize("command", [train, evaluate, segment])
-def test_folder_without_subjects(tmp_path, command):
-    (tmp_path / "data").mkdir()
-    output = tmp_path / "out"
-    assert_refused(command(tmp_path / "data", output), output, str(tmp_path / "data"), "subject-<id>-T1")
-
-
-def remove_t2(data: Path) -> str:
-    (data / "subject-1-T2.hdr").unlink()
-    (data / "subject-1-T2.img").unlink()
-    return "subject-1-T1.hdr: subject 1 has no T2"
-
-
-def other_shape(data: Path) -> str:
-    save_volume(data / "subject-1-T2.hdr", np.ones((60, 72, 60), np.int16))
-    return "subject-1-T2.hdr: shape (60, 72, 60) differs"
-
-
-def other_label_shape(data: Path) -> str:
-    save_volume(data / "subject-1-label.hdr", np.zeros((60, 72, 60), np.uint8))
-    return "subject-1-label.hdr: shape (60, 72, 60) differs"
-
-
-def empty_foreground(data: Path) -> str:
-    save_volume(data / "subject-1-T1.hdr", np.zeros((60, 72, 64), np.int16))
-    return "subject-1-T1.hdr: T1 is nowhere above 0"
-
-
-def not_a_number(data: Path) -> str:
-    for half in ("hdr", "img"):
-        (data / f"subject-1-T1.{half}").unlink()
-    values = np.ones((60, 72, 64), np.float32)
-    values[3, 4, 5] = np.nan
-    save_volume(data / "subject-1-T1.nii", values)
-    return "subject-1-T1.nii: has NaN or infinite values"
-
-
-def unknown_label_value(data: Path) -> str:
-    values = np.zeros((60, 72, 64), np.uint8)
-    values[30, 30, 30] = 100
-    save_volume(data / "subject-1-label.hdr", values)
-    return "subject-1-label.hdr: label value 100 isn't known"
-
-
-def truncated_image(data: Path) -> str:
-    os.truncate(data / "subject-1-T1.img", 1000)
-    return "subject-1-T1.hdr: can't be read"
-
-
-def header_without_image(data: Path) -> str:
-    (data / "subject-1-label.img").unlink()
-    return "subject-1-label.hdr: its image subject-1-label.img is missing"
-
-
-DAMAGES = [
-    *(remove_t2, other_shape, other_label_shape, empty_foreground, not_a_number),
-    *(unknown_label_value, truncated_image, header_without_image),
-]
-
-
-def test_damaged_subject(own_dataset, tmp_path):
-    data = own_dataset()
-    message = unknown_label_value(data)
-    output = tmp_path / "out"
-    shutil.copy(ROOT / "models" / "model.pt", tmp_path)
-    result = train(data, output, "--ckpt_dir", str(tmp_path))
-    assert_refused(result, output, message)
-    assert [path.name for path in tmp_path.glob("*.pt")] == ["model.pt"]
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_each_damage_ends_training_before_it_begins(own_dataset, tmp_path, damage):
-    data = own_dataset()
-    message = damage(data)
-    output = tmp_path / "out"
-    workflow = ConfigWorkflow(
-        str(ROOT / "configs" / "train.json"), workflow_type="train", bundle_root=str(ROOT), dataset_dir=str(data),
-        output_dir=str(output), ckpt_dir=str(output),
-    )  # fmt: skip
-    workflow.initialize()
-    with pytest.raises((InputError, RuntimeError)) as caught:  # MONAI wraps what its components raise
-        workflow.run()
-    error = caught.value
-    while not isinstance(error, InputError):
-        error = error.__cause__
-    assert message in str(error)
-    assert nothing_written(output)
-
-
-@pytest.mark.parametrize("damage", [truncated_image, empty_foreground])
-def test_damaged_subject_when_segmenting(own_dataset, tmp_path, damage):
-    data = own_dataset()
-    message = damage(data)
-    output = tmp_path / "out"
-    assert_refused(segment(data, output, "--subjects", "[1]"), output, message)
-
-
-def test_damaged_subject_after_a_good_one(own_dataset, tmp_path):
-    data = own_dataset()
-    message = truncated_image(data)
-    output = tmp_path / "out"
-    result = segment(data, output, "--subjects", "[9,1]")
-    assert result.returncode != 0
-    assert message in last_line(result)
-    # what was finished is whole, and of the other there is nothing
-    names = {"subject-9-label.nii.gz", "subject-9-label.png", "volumes.csv", "report.html", "inference-provenance.json"}
-    assert {path.name for path in output.iterdir()} == names
-    assert [row["subject"] for row in read_csv(output / "volumes.csv")] == ["9"]
-
-
-def test_damaged_subject_when_evaluating(own_dataset, tmp_path):
-    data = own_dataset()
-    message = unknown_label_value(data)
-    output = tmp_path / "out"
-    assert_refused(evaluate(data, output, "--val_subjects", "[1]"), output, message)
-
-
-@pytest.mark.parametrize("command", [evaluate, segment])
-def test_checkpoint_of_another_architecture(dataset, tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "settings", "words"),
+    [
+        (training, {"epocs": 1}, ["--epocs", "did you mean --epochs?"]),
+        (segmenting, {"dataset_dir": "{tmp}/dta"}, ["{tmp}/dta: no such folder", "--dataset_dir"]),
+        (training, {"patch_size": [50, 50, 50]}, ["--patch_size", "multiples of 4"]),
+        *(
+            (each, {"dataset_dir": "{tmp}/no"}, ["{tmp}/no", "subject-<id>-T1"])
+            for each in (training, evaluating, segmenting)
+        ),
+        *((e, {"ckpt_dir": "{tmp}"}, ["{tmp}/model.pt: a checkpoint of another"]) for e in (evaluating, segmenting)),
+        (evaluating, {"checkpoints": "{tmp}/fold-*.pt"}, ["{tmp}/fold-*.pt: no checkpoint fits this pattern"]),
+        (segmenting, {"ckpt_dir": "{tmp}/x"}, ["{tmp}/x/model.pt: no such checkpoint"]),
+        (segmenting, {"checkpoints": "{tmp}/model.onnx"}, ["{tmp}/model.onnx: can't be read as ONNX"]),
+        (segmenting, {"precision": "fp16"}, ["precision", "fp16"]),
+        (segmenting, {"label_suffix": ".mha"}, ["label_suffix", ".mha"]),
+        (training, {"val_subjects": [99]}, ["val_subjects names subject 99", "choose from 1, 2, 9, 11"]),
+        (training, {"val_subjects": [1, 2, 9]}, ["no subject left to train among 4, 3 of them labelled"]),
+    ],
+)
+def test_settings_that_can_not_be_used(dataset, tmp_path, command, settings, words):
     torch.save(SkipDenseSeg(growth_rate=8).state_dict(), tmp_path / "model.pt")
-    output = tmp_path / "out"
-    result = command(dataset, output, "--ckpt_dir", str(tmp_path))
-    assert_refused(result, output, f"{tmp_path}/model.pt: a checkpoint of another network")
+    (tmp_path / "model.onnx").touch()
+    (tmp_path / "no").mkdir()
+    given = {name: str(value).format(tmp=tmp_path) for name, value in settings.items()}
+    data = given.pop("dataset_dir", dataset)
+    result = bundle(*command(data, tmp_path / "out", *flags(**given)))
+    assert_refused(result, tmp_path / "out", *(word.format(tmp=tmp_path) for word in words))
+
+
+@pytest.mark.parametrize("configs", [["train.json"], ["train.json", "evaluate.json"], ["inference.json"]])
+def test_settings_that_no_task_can_use(dataset, tmp_path, configs):
+    output, run_id = tmp_path / "out", "evaluating" if len(configs) == 2 else "run"
+    for settings, message in (
+        ({"device": "gpu"}, "--device gpu: can't be used "),
+        ({"foreground_margin": -1}, "--foreground_margin -1: must be a whole number of at least 0"),
+        *(({name: 2024}, "2024: isn't text, as a path must be") for name in ("output_dir", "ckpt_dir", "dataset_dir")),
+    ):
+        assert refused_run(dataset, output, *configs, run_id=run_id, **settings).startswith(message)
+        assert nothing_written(output)
 
 
 @pytest.mark.slow
@@ -420,55 +281,22 @@ def test_average_of_checkpoints_and_mirror_images(brains, tmp_path):
         torch.save(changed, tmp_path / f"fold-{fold}" / "model.pt")
         networks.append(SkipDenseSeg().eval())
         networks[-1].load_state_dict(changed)
-    pattern = str(tmp_path / "fold-*" / "model.pt")
-    options = ["--checkpoints", pattern, "--flips", "True", "--precision", "fp32", "--patch_size", "[32,32,32]"]
-    result = segment(tmp_path / "data", tmp_path / "out", *options)
-    assert result.returncode == 0, result.stderr
+    options = flags(checkpoints=tmp_path / "fold-*" / "model.pt", flips=True, precision="fp32")
+    result = succeeds(*segmenting(tmp_path / "data", tmp_path / "out", *options))
     assert "average of 2 networks" in result.stdout
     config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "inference.json"))
-    config.update({"dataset_dir": str(tmp_path / "data"), "patch_size": [32, 32, 32]})
-    item = config.get_parsed_content("dataset")[0]
-    image = item["image"][None].as_tensor()
+    config["dataset_dir"] = str(tmp_path / "data")
+    image = config.get_parsed_content("dataset")[0]["image"][None].as_tensor()
     mirrors = [axes for n in range(4) for axes in itertools.combinations((2, 3, 4), n)]
     with torch.no_grad():
         mean = sum(n(image.flip(axes)).flip(axes).softmax(1) for n in networks for axes in mirrors) / 16
         singles = [network(image).argmax(1)[0].numpy() for network in networks]
     assert image.shape == (1, 2, 32, 32, 32)
-    found = np.asarray(nib.load(tmp_path / "out" / "subject-11-label.nii.gz").dataobj)[..., 0]
+    found = voxels(tmp_path / "out" / "subject-11-label.nii.gz")
     brain = middle["T1"] > 0
     assert (found == mean.argmax(1)[0].numpy())[brain].mean() > 0.999
     for single in singles:
         assert (found == single)[brain].mean() < 0.99
-
-
-def test_pattern_that_no_checkpoint_fits(dataset, tmp_path):
-    output, pattern = tmp_path / "out", str(tmp_path / "fold-*" / "model.pt")
-    result = evaluate(dataset, output, "--checkpoints", pattern)
-    assert_refused(result, output, f"{pattern}: no checkpoint fits this pattern")
-
-
-def test_missing_checkpoint(dataset, tmp_path):
-    output = tmp_path / "out"
-    result = segment(dataset, output, "--ckpt_dir", str(tmp_path))
-    assert_refused(result, output, f"{tmp_path}/model.pt: no such checkpoint")
-
-
-@pytest.mark.parametrize(("setting", "value"), [("--precision", "fp16"), ("--label_suffix", ".mha")])
-def test_setting_with_an_unknown_value(dataset, tmp_path, setting, value):
-    output = tmp_path / "out"
-    assert_refused(segment(dataset, output, setting, value), output, setting.strip("-"), value)
-
-
-def test_validation_subject_that_does_not_exist(dataset, tmp_path):
-    output = tmp_path / "out"
-    result = train(dataset, output, "--val_subjects", "[99]")
-    assert_refused(result, output, "val_subjects names subject 99", "choose from 1, 2, 9, 11")
-
-
-def test_no_training_subject_left(dataset, tmp_path):
-    output = tmp_path / "out"
-    result = train(dataset, output, "--val_subjects", "[1,2,9]")
-    assert_refused(result, output, str(dataset), "no subject left to train among 4, 3 of them labelled")
 
 
 @pytest.mark.slow
@@ -478,14 +306,12 @@ def test_volume_of_256_cubed_in_4_gb(tmp_path):
     label = np.pad(label, [((256 - n) // 2, 256 - n - (256 - n) // 2) for n in label.shape])
     images = {"T1": six_month_image(label, T1_CONTRAST, rng), "T2": six_month_image(label, T2_CONTRAST, rng)}
     save_subject(tmp_path / "scans", "1", {"label": label, **images})
-    command = [sys.executable, "-W", "ignore", "-m", "monai.bundle", "run", "--config_file", "configs/inference.json"]
-    command += ["--dataset_dir", str(tmp_path / "scans"), "--output_dir", str(tmp_path), "--subjects", "[1]"]
     # in bfloat16 one pass fits
-    command += ["--precision", "fp32"]
+    arguments = segmenting(tmp_path / "scans", tmp_path, *flags(subjects=[1], precision="fp32"))
     # of addresses, which are more than the memory that is used
     limit = 4 * 2**30
     result = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True,
+        [sys.executable, "-W", "ignore", "-m", "monai.bundle", *arguments], cwd=ROOT, capture_output=True, text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)),
     )  # fmt: skip
     told = result.stdout + result.stderr
@@ -498,51 +324,57 @@ def test_volume_of_256_cubed_in_4_gb(tmp_path):
     assert (found[..., 0] == in_one_pass)[label > 0].mean() > 0.99
 
 
-OF_EACH_TASK = {
-    "training": ("train",),
-    "evaluating": ("train", "evaluate"),
-    "run": ("inference",),
-}
-
-
-@pytest.mark.parametrize("task", OF_EACH_TASK)
 @pytest.mark.parametrize(
-    ("setting", "value", "message"),
+    ("command", "settings", "message"),
     [
-        ("device", "gpu", "--device gpu: can't be used "),
-        ("foreground_margin", "-1", "--foreground_margin -1: must be a whole number of at least 0"),
-        ("output_dir", "2024", "2024: isn't text, as a path must be; write ./2024"),
-        ("ckpt_dir", "2024", "2024: isn't text, as a path must be; write ./2024"),
-        ("dataset_dir", "2024", "2024: isn't text, as a path must be; write ./2024"),
+        (
+            "phantom",
+            {"output_dir": "{tmp}/out", "seeds": 3},
+            "--seeds: no such option of phantom; did you mean --seed?",
+        ),
+        ("cross_validate", {"output_dir": "{tmp}/out", "epocs": 3}, "--epocs: no such setting; did you mean --epochs?"),
+        (
+            "cross_validate",
+            {"output_dir": "s3://b/cv"},
+            "--output_dir s3://b/cv: cross_validate takes paths, not URLs;",
+        ),
+        ("submission", {"predictions": "{tmp}", "output": "{tmp}/x.zip"}, "{tmp}/data: subjects names subject 11"),
+        ("synthesize", {"labels_dir": "{tmp}", "output_dir": "{tmp}/out"}, "{tmp}: has no label map"),
     ],
 )
-def test_settings_that_no_task_can_use_end_in_one_line(dataset, tmp_path, task, setting, value, message):
-    files = repr([f"configs/{name}.json" for name in OF_EACH_TASK[task]])
-    folders = {"dataset_dir": str(dataset), "output_dir": str(tmp_path / "out"), "ckpt_dir": str(ROOT / "models")}
-    if task == "training":
-        folders["ckpt_dir"] = str(tmp_path / "out")
-    options = [f"--{name}={text}" for name, text in (folders | {setting: value}).items()]
-    name = () if task == "run" else (task,)
-    result = bundle("run", *name, "--config_file", files, *options)
-    assert result.returncode != 0
-    assert last_line(result).startswith(f"error: {message}")
-    assert "Traceback" not in result.stderr
-    assert not list((tmp_path / "out").glob("*"))
+def test_own_commands_refuse_in_one_line(tmp_path, command, settings, message):
+    (tmp_path / "data").mkdir()
+    save(tmp_path / "data", "1")
+    if command in ("cross_validate", "submission"):
+        settings = {"dataset_dir": "{tmp}/data", **settings}
+    given = {name: str(value).format(tmp=tmp_path) for name, value in settings.items()}
+    result = bundle(command, *flags(**given), module="scripts")
+    assert_one_line(result)
+    assert result.stderr.count("\n") == 1
+    assert last_line(result).startswith("error: " + message.format(tmp=tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert not (ROOT / "s3:").exists()
 
 
-def test_folder_named_by_a_number():
-    given = []
+@pytest.mark.slow
+def test_imported_paper_variant_segments_by_the_settings_that_were_told(dataset, tmp_path):
+    torch.save(SkipDenseSeg(**PAPER).state_dict(), tmp_path / "weights.pth")
+    files = flags(checkpoint=tmp_path / "weights.pth", output=tmp_path / "model.pt")
+    result = succeeds("import_weights", *files, module="scripts")
+    told = result.stdout.splitlines()[-1].partition(" by ")[2].replace('"', "").split()
+    succeeds(*segmenting(dataset, tmp_path / "out", *told))
+    assert nib.load(tmp_path / "out" / "subject-11-label.nii.gz").shape == (60, 72, 64, 1)
 
-    def command(folder: str, number: int) -> None:
-        given.append((folder, number))
 
-    take_text_as_it_is(command)
-    fire.Fire(command, command=["--folder", "007", "--number", "7"])
-    assert given == [("007", 7)]
-
-
-def test_options_of_our_own_commands_are_checked_before_they_run(tmp_path):
-    result = bundle("phantom", "--output_dir", str(tmp_path), "--seeds", "3", module="scripts")
-    assert result.returncode != 0
-    assert last_line(result) == "error: --seeds: no such option of phantom; did you mean --seed?"
-    assert not list(tmp_path.iterdir())
+def test_t2_out_of_place_is_warned_of_in_the_log_and_the_report(tmp_path, capfd):
+    rng = np.random.default_rng(5)
+    label = label_map(rng)[20:124, 40:140, 70:170]
+    scans = six_month_subject(label, nominal(label, rng), rng)
+    scans["T2"] = np.roll(scans["T2"], 4, axis=2)
+    save_subject(tmp_path / "data", "1", scans, labeled=False)
+    configured(tmp_path / "data", tmp_path / "out", subjects=[1], window_size=[64, 64, 64]).run()
+    warning = "T2 fits T1 as well, or nearly, when it is moved by 3 mm; register it to T1"
+    assert f"subject-1-T2.hdr: {warning}" in "".join(capfd.readouterr())
+    report = (tmp_path / "out" / "report.html").read_text()
+    assert "T2 not registered" in report
+    assert warning in report

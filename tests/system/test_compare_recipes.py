@@ -40,8 +40,8 @@ def test_recipes_train_for_the_steps_that_fit_and_are_scored_by_their_last_netwo
     compare_recipes(**options, minutes=0.02)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.pt")} == finished
     assert read_csv(tmp_path / "comparison.csv") == rows
-    with pytest.raises(InputError, match=r"steps.json: is of a comparison with other settings"):
+    with pytest.raises(InputError, match=r"steps.json: was made with other minutes;"):
         compare_recipes(**options, minutes=1)
     (tmp_path / "comparison.json").write_text(json.dumps({"bundle": small | {"learning_rate": 0.1}}))
-    with pytest.raises(InputError, match=r"steps.json: is of a comparison with other settings"):
+    with pytest.raises(InputError, match=r"steps.json: was made with other learning_rate;"):
         compare_recipes(**options, minutes=0.02)

@@ -12,17 +12,13 @@ import psutil
 import pytest
 import torch
 from helpers import ROOT, save_subject
-from processes import QUICK, bundle, run, torchrun
+from processes import flags, run, succeeds, torchrun, torchrun_bundle, training
 
 from scripts.results.tables import read_csv
 
 TRAIN = "['configs/train.json','configs/multi_gpu_train.json']"
 EVALUATE = "['configs/train.json','configs/evaluate.json','configs/multi_gpu_evaluate.json']"
 INFERENCE = "['configs/inference.json','configs/multi_gpu_inference.json']"
-
-
-def bundle_on(processes: int, *arguments: str) -> subprocess.CompletedProcess:
-    return run(torchrun(processes, "-m", "monai.bundle", *arguments))
 
 
 SHARES = """
@@ -41,9 +37,7 @@ leave()
 """
 
 
-@pytest.mark.parametrize(
-    "processes", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("processes", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_every_item_is_in_a_share_and_comes_back_in_order(tmp_path, processes):
     (tmp_path / "shares.py").write_text(SHARES)
     # in a Slurm job too, where ignite looks for Slurm's own numbers
@@ -122,13 +116,11 @@ def reported(output: Path) -> list[str]:
     return subjects
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
 @pytest.mark.slow
-def test_evaluation_scores_every_subject_once(five_subjects, tmp_path, processes):
-    result = bundle_on(
-        processes, "run", "evaluating", "--config_file", EVALUATE, "--dataset_dir", str(five_subjects),
-        "--output_dir", str(tmp_path), "--val_subjects", "[1,2,3,4,5]", "--device", "cpu",
-    )  # fmt: skip
+def test_evaluation_scores_every_subject_once(five_subjects, tmp_path):
+    folders = {"dataset_dir": five_subjects, "output_dir": tmp_path}
+    settings = flags(config_file=EVALUATE, **folders, val_subjects=[1, 2, 3, 4, 5], device="cpu")
+    result = torchrun_bundle(3, "run", "evaluating", *settings)
     assert result.returncode == 0, result.stderr
     assert [row["subject"] for row in read_csv(tmp_path / "metrics.csv")] == IDS
     assert result.stdout.count("| mean |") == 1
@@ -136,19 +128,11 @@ def test_evaluation_scores_every_subject_once(five_subjects, tmp_path, processes
     assert reported(tmp_path) == IDS
 
 
-@pytest.mark.parametrize(
-    ("processes", "subjects"),
-    [
-        pytest.param(2, IDS, marks=pytest.mark.slow),
-        pytest.param(3, IDS, marks=pytest.mark.slow),
-        pytest.param(3, ["4", "2"], marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("processes", "subjects"), [(2, IDS), (3, ["4", "2"])])
 def test_inference_segments_every_subject_once(five_subjects, tmp_path, processes, subjects):
-    result = bundle_on(
-        processes, "run", "--config_file", INFERENCE, "--dataset_dir", str(five_subjects),
-        "--output_dir", str(tmp_path), "--subjects", f"[{','.join(subjects)}]",
-    )  # fmt: skip
+    folders = {"dataset_dir": five_subjects, "output_dir": tmp_path}
+    result = torchrun_bundle(processes, "run", *flags(config_file=INFERENCE, **folders, subjects=subjects))
     assert result.returncode == 0, result.stderr
     assert [row["subject"] for row in read_csv(tmp_path / "volumes.csv")] == subjects
     assert {path.name for path in tmp_path.glob("*.nii.gz")} == {f"subject-{n}-label.nii.gz" for n in subjects}
@@ -157,11 +141,7 @@ def test_inference_segments_every_subject_once(five_subjects, tmp_path, processe
 
 
 def test_the_same_configs_in_one_process(dataset, tmp_path):
-    result = bundle(
-        "run", "training", "--config_file", TRAIN, *QUICK, "--dataset_dir", str(dataset),
-        "--output_dir", str(tmp_path), "--ckpt_dir", str(tmp_path),
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
+    succeeds(*training(dataset, tmp_path, "--config_file", TRAIN))
     assert (tmp_path / "model.pt").exists()
     assert not list(tmp_path.glob("rank-*.log"))
 
@@ -180,11 +160,9 @@ def kill_second_rank_after_an_epoch(launcher: subprocess.Popen, output) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("restarts", [0, 1])
 def test_killed_process_ends_the_job_or_it_goes_on(dataset, tmp_path, restarts):
-    command = torchrun(
-        2, "--max-restarts", str(restarts), "-m", "monai.bundle", "run", "training", "--config_file", TRAIN, *QUICK,
-        "--epochs", "6", "--resume", "True", "--dataset_dir", str(dataset), "--output_dir", str(tmp_path),
-        "--ckpt_dir", str(tmp_path),
-    )  # fmt: skip
+    more = flags(config_file=TRAIN, epochs=6, resume=True)
+    launcher = torchrun(2, "--max-restarts", str(restarts), "-m", "monai.bundle")
+    command = [*launcher, *training(dataset, tmp_path, *more)]
     with (tmp_path / "log").open("w") as log:
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         launcher = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)

@@ -1,10 +1,10 @@
 """Every command in the pages is run, in a copy of the bundle, on small subjects."""
 
-import functools
 import json
 import os
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 import torch
 import torch.distributed.run
 import yaml
-from helpers import ALL, PAGES, ROOT, SETUP, blocks, copy_bundle, save_subject, save_volume, shell_lines
-from processes import QUICK, bundle, s3_server, server_environment
+from helpers import ALL, PAGES, PAPER, ROOT, SETUP, blocks, copy_bundle, save_subject, save_volume, shell_lines
+from processes import QUICK, Commands, s3_server, server_environment
 
 from scripts.network import SkipDenseSeg
 from scripts.settings import refuse_unknown_overrides
@@ -39,39 +40,54 @@ RUN = [
 MAKE = sorted({line for _, line in ALL if line.startswith("make ")})
 
 
-@pytest.fixture(scope="module")
-def homes(tmp_path_factory, brains):
-    """For each page a copy of the bundle with the data that it speaks of."""
+class Home:
+    """A copy of the bundle with the data that the pages speak of, made anew for each page."""
 
-    @functools.cache
-    def home(page: str) -> Path:
-        directory = copy_bundle(tmp_path_factory.mktemp("bundle"))
-        training, testing = (directory / "data" / f"iSeg-2017-{name}" for name in ("Training", "Testing"))
+    def __init__(self, directory: Path, brains: list[dict[str, np.ndarray]]) -> None:
+        self.directory, self.page = copy_bundle(directory), ""
+        self.brains = [{kind: np.pad(values, 4) for kind, values in brain.items()} for brain in brains]
+        self.commands = Commands(directory)
+
+    def of(self, page: str) -> Path:
+        """The copy as it is before the first command of a page."""
+        if page != self.page:
+            self.page = page
+            for name in ("data", "eval", "models"):
+                shutil.rmtree(self.directory / name, ignore_errors=True)
+            shutil.copytree(ROOT / "models", self.directory / "models")
+            self.add_data("MindSpore" in (ROOT / page).read_text())
+        return self.directory
+
+    def add_data(self, all_of_the_test: bool) -> None:
+        training, testing = (self.directory / "data" / f"iSeg-2017-{name}" for name in ("Training", "Testing"))
         for subject in (1, 2, 8, 9, 10):
-            save_subject(training, str(subject), brains[subject % 2])
-        for subject in range(11, 24) if "MindSpore" in (ROOT / page).read_text() else (11, 12):
-            save_subject(testing, str(subject), brains[subject % 2], labeled=False)
-        for name, brain in zip("AB", brains, strict=True):
-            save_volume(directory / "data" / "label-maps" / f"{name}.nii.gz", brain["label"])
+            save_subject(training, str(subject), self.brains[subject % 2])
+        for subject in range(11, 24) if all_of_the_test else (11, 12):
+            save_subject(testing, str(subject), self.brains[subject % 2], labeled=False)
+        for name, brain in zip("AB", self.brains, strict=True):
+            save_volume(self.directory / "data" / "label-maps" / f"{name}.nii.gz", brain["label"])
         for name in ("sub-01/anat/sub-01", "sub-02/ses-1/anat/sub-02_ses-1"):
             for kind in ("T1", "T2"):
-                save_volume(directory / "data" / "bids" / f"{name}_{kind}w.nii.gz", brains[0][kind])
-        paper = SkipDenseSeg(block_config=(4, 4, 4, 4), grouped_upsampling=True, bias=True)
-        torch.save(paper.state_dict(), directory / "3D-SkipDenseSeg.pth")
-        return directory
-
-    return home
+                save_volume(self.directory / "data" / "bids" / f"{name}_{kind}w.nii.gz", self.brains[0][kind])
+        torch.save(SkipDenseSeg(**PAPER).state_dict(), self.directory / "3D-SkipDenseSeg.pth")
 
 
 @pytest.fixture(scope="module")
-def bucket(homes) -> Iterator[None]:
+def home(tmp_path_factory, pieces) -> Iterator[Home]:
+    home = Home(tmp_path_factory.mktemp("bundle"), pieces)
+    yield home
+    home.commands.close()
+
+
+@pytest.fixture(scope="module")
+def bucket(home) -> Iterator[None]:
     """An S3 server that has the data of the pages and a network in `s3://bucket`."""
     with s3_server() as port, pytest.MonkeyPatch.context() as patch:
         for name, value in server_environment(port).items():
             patch.setenv(name, value)
         fs = fsspec.filesystem("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
         fs.mkdir("bucket")
-        fs.put(f"{homes('docs/cloud_storage.md')}/data/", "bucket", recursive=True)
+        fs.put(f"{home.of('docs/cloud_storage.md')}/data/", "bucket", recursive=True)
         yield
 
 
@@ -91,7 +107,7 @@ def test_no_kind_of_command_is_left_out():
 
 
 @pytest.mark.parametrize(("page", "command"), RUN)
-def test_command_of_the_pages(homes, page, command, request):
+def test_command_of_the_pages(home, page, command, request):
     if "s3://" in command:
         request.getfixturevalue("bucket")
     program, *arguments = shlex.split(command)
@@ -103,13 +119,15 @@ def test_command_of_the_pages(homes, page, command, request):
     if "training" in arguments:
         arguments += QUICK
     if "cross_validate" in arguments:
-        arguments += ["--epochs", "1", "--crops_per_epoch", "2", "--patch_size", "[32,32,32]"]
+        arguments[arguments.index("--folds") + 1] = "2"
+        arguments += QUICK
     if "compare_recipes" in arguments:
         arguments += ["--minutes", "0.01", "--seeds", "1", "--names", "['bundle']"]
     if "phantom" in arguments:
         arguments[arguments.index("--subjects") + 1] = "1"
         arguments[arguments.index("--unlabeled") + 1] = "0"
-    result = bundle(*arguments, cwd=homes(page), module=module)
+    home.of(page)
+    result = home.commands.run(arguments, module=module)
     assert result.returncode == 0, result.stderr
 
 
@@ -133,8 +151,8 @@ def test_make_knows_the_target(command):
 
 
 @pytest.mark.slow
-def test_two_machines_on_this_one(homes):
-    home = homes("docs/several_devices.md")
+def test_two_machines_on_this_one(home):
+    directory = home.of("docs/several_devices.md")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -143,12 +161,12 @@ def test_two_machines_on_this_one(homes):
         command = block.replace("node0", "127.0.0.1").replace("29500", str(port)).replace("_node 8", "_node 1")
         arguments = [*shlex.split(command)[1:], *QUICK]
         launcher = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", *arguments]
-        nodes.append(subprocess.Popen(launcher, cwd=home, stderr=subprocess.PIPE, text=True))
+        nodes.append(subprocess.Popen(launcher, cwd=directory, stderr=subprocess.PIPE, text=True))
     assert len(nodes) == 2
     for node in nodes:
         _, told = node.communicate(timeout=300)
         assert node.returncode == 0, told
-    assert {path.name for path in (home / "eval").glob("rank-*.log")} >= {"rank-0.log", "rank-1.log"}
+    assert {path.name for path in (directory / "eval").glob("rank-*.log")} >= {"rank-0.log", "rank-1.log"}
 
 
 def given_to_torchrun(arguments: list[str]) -> None:
@@ -225,7 +243,7 @@ def test_settings_in_the_table_exist_with_those_defaults():
             names, defaults = (re.findall(r"`([^`]*)`", cell) for cell in (names, default))
             shown |= dict(zip(names, defaults, strict=names != ["checkpoints"]))
     assert {"dataset_dir", "val_subjects", "window_size", "checkpoints_kept", "resume"} <= set(shown)
-    assert inference["checkpoints"] == "$@local_ckpt_dir + '/" + shown.pop("checkpoints") + "'"
+    assert inference["checkpoints"] == "$@folders.checkpoints + '/" + shown.pop("checkpoints") + "'"
     for name, default in shown.items():
         value = str({**train, **inference}[name]).removeprefix("$@bundle_root + '/").rstrip("'")
         assert value == default, name

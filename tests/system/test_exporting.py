@@ -11,9 +11,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, blocks, copy_bundle
+from exports import convolution, save_all, save_onnx, save_torchscript
+from helpers import ROOT, blocks, configured, copy_bundle, save_volume, voxels
 from monai.data import load_net_with_metadata
-from processes import bundle, last_line
+from processes import bundle, flags, forked, last_line, segmenting, succeeds
 
 from scripts.commands.phantom import phantom
 from scripts.network import SkipDenseSeg
@@ -40,6 +41,11 @@ for path in sys.argv[2:]:
     with torch.no_grad():
         numpy.save(path, network(torch.from_numpy(numpy.load(path))).numpy())
 """
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, network):
+    return save_all(tmp_path_factory.mktemp("models"), network)
 
 
 def test_metadata_and_config_in_the_torchscript_file(tmp_path):
@@ -72,8 +78,7 @@ def exported(tmp_path_factory):
             ["ckpt_export", "--config_file", "configs/inference.json", "--filepath", f"{directory}/{name}.ts"],
             ["onnx_export", "--args_file", "configs/onnx_export.json", "--filepath", f"{directory}/{name}.onnx"],
         ):
-            result = bundle(*command, "--ckpt_file", str(checkpoint), *network)
-            assert result.returncode == 0, result.stderr
+            succeeds(*command, "--ckpt_file", str(checkpoint), *network)
     return directory
 
 
@@ -99,21 +104,14 @@ def test_same_labels_in_a_process_without_this_project(exported, tmp_path, name,
         assert (logits.argmax(1) == expected.argmax(1)).float().mean() >= 0.9999
 
 
-def voxels(path):
-    return np.squeeze(np.asarray(nib.load(path).dataobj))
-
-
 @pytest.mark.slow
 def test_subject_of_usual_size_gets_the_same_labels_by_each_and_where_only_onnxruntime_is(exported, tmp_path):
     phantom(str(tmp_path / "data"), subjects=1, unlabeled=0, seed=5)
     labels = {}
     for checkpoint in (ROOT / "models" / "model.pt", exported / "model.ts", exported / "model.onnx"):
         output = tmp_path / checkpoint.name
-        result = bundle(
-            *("run", "--config_file", "configs/inference.json", "--dataset_dir", str(tmp_path / "data")),
-            *("--subjects", "1", "--output_dir", str(output), "--checkpoints", str(checkpoint), "--precision", "fp32"),
-        )
-        assert result.returncode == 0, result.stderr
+        settings = flags(subjects=1, checkpoints=checkpoint, precision="fp32")
+        succeeds(*segmenting(tmp_path / "data", output, *settings))
         labels[checkpoint.suffix] = voxels(output / "subject-1-label.nii.gz")
     # as the page says it to somebody who has neither torch nor this project
     (block,) = [block for block in blocks(PAGE, "shell") if "pip install onnxruntime" in block]
@@ -146,15 +144,8 @@ def test_python_of_the_page(tmp_path):
     assert result.returncode == 0, result.stderr
     image = np.random.default_rng(0).standard_normal((3, 2, 8, 20, 12), dtype=np.float32)
     np.save(tmp_path / "image.npy", image)
-    program = [
-        sys.executable,
-        "-I",
-        "-c",
-        WITHOUT_TORCH,
-        str(home / "models" / "model.onnx"),
-        str(tmp_path / "image.npy"),
-    ]
-    subprocess.run(program, check=True)
+    paths = [str(home / "models" / "model.onnx"), str(tmp_path / "image.npy")]
+    subprocess.run([sys.executable, "-I", "-c", WITHOUT_TORCH, *paths], check=True)
     network = SkipDenseSeg().eval()
     load_weights(network, str(ROOT / "models" / "model.pt"))
     with torch.no_grad():
@@ -163,21 +154,87 @@ def test_python_of_the_page(tmp_path):
 
 
 @pytest.mark.slow
-def test_damaged_file_ends_in_one_line(dataset, tmp_path):
-    (tmp_path / "model.onnx").write_bytes(b"")
-    result = bundle(
-        *("run", "--config_file", "configs/inference.json", "--dataset_dir", str(dataset)),
-        *("--output_dir", str(tmp_path / "out"), "--checkpoints", str(tmp_path / "model.onnx")),
-    )
-    assert result.returncode != 0
-    assert last_line(result).startswith(f"error: {tmp_path}/model.onnx: can't be read as ONNX")
-    assert "Traceback" not in result.stderr
-    assert not list((tmp_path / "out").glob("*"))
-
-
-@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so it would run")
 def test_tensorrt_command_is_understood_up_to_the_missing_gpu():
     (block,) = [block for block in blocks(PAGE, "shell") if "trt_export" in block]
     result = bundle(*shlex.split(block)[3:])
     assert "Cannot find any GPU devices" in last_line(result)
+
+
+def segment_without_torch(model, t1, t2, output):
+    """Run the example as its user does, where neither torch nor MONAI nor this project is."""
+    code = (
+        "import runpy, sys; sys.modules.update(torch=None, monai=None, scripts=None);"
+        f"runpy.run_path({str(EXAMPLE)!r}, run_name='__main__')"
+    )
+    return subprocess.run(
+        [sys.executable, "-I", "-c", code, str(model), str(t1), str(t2), str(output)], capture_output=True, text=True
+    )
+
+
+def test_example_without_torch_gives_the_labels_of_inference_json(dataset, brains, files, tmp_path):
+    configured(dataset, tmp_path, checkpoints=str(files / "model.onnx")).run()
+    ours = voxels(tmp_path / "subject-11-label.nii.gz")
+    scans = [dataset / f"subject-11-{kind}.hdr" for kind in ("T1", "T2")]
+    result = segment_without_torch(files / "model.onnx", *scans, tmp_path / "label.nii.gz")
+    assert (result.returncode, result.stderr) == (0, "")
+    label = nib.load(tmp_path / "label.nii.gz")
+    assert label.get_data_dtype() == np.uint8
+    np.testing.assert_array_equal(label.affine, nib.load(scans[0]).affine)
+    brain = brains[1]["T1"] > 0
+    assert np.mean(voxels(tmp_path / "label.nii.gz")[brain] == ours[brain]) >= 0.999
+    assert not voxels(tmp_path / "label.nii.gz")[~brain].any()
+
+    # the same scans stored with other axes, as other programs do
+    size = brains[1]["T1"].shape[0]
+    affine = np.array([[0, 0, 1, 1 - size], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 1.0]])
+    for kind in ("T1", "T2"):
+        save_volume(tmp_path / f"{kind}.nii.gz", brains[1][kind][::-1].transpose(2, 1, 0), affine)
+    turned = [tmp_path / f"{name}.nii.gz" for name in ("T1", "T2", "turned")]
+    assert segment_without_torch(files / "model.onnx", *turned).returncode == 0
+    np.testing.assert_array_equal(nib.load(turned[2]).affine, affine)
+    np.testing.assert_array_equal(voxels(turned[2]).transpose(2, 1, 0)[::-1], voxels(tmp_path / "label.nii.gz"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t1, t2: ((t1, np.diag([-2.0, 1, 1, 1])), (t2, np.diag([-2.0, 1, 1, 1]))), "voxels aren't 1 mm"),
+        (lambda t1, t2: ((t1, None), (t2, np.diag([-1.0, -1, 1, 1]))), "isn't one volume on the grid of"),
+        (lambda t1, t2: ((t1, None), (t1 // t1.clip(1), None)), "not two skull-stripped scans"),
+    ],
+)
+def test_example_refuses_what_it_can_not_do(files, brains, tmp_path, change, message):
+    scans = change(brains[0]["T1"], brains[0]["T2"])
+    for kind, (values, affine) in zip(("T1", "T2"), scans, strict=True):
+        save_volume(tmp_path / f"{kind}.nii.gz", values, affine)
+    paths = [tmp_path / f"{name}.nii.gz" for name in ("T1", "T2", "label")]
+    result = segment_without_torch(files / "model.onnx", *paths)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: ")
+    assert message in result.stderr
+    assert not paths[2].exists()
+
+
+LITTLE_MEMORY = """
+import resource, sys, psutil, torch
+from scripts.inference.exported import ExportedNetwork
+network = ExportedNetwork(sys.argv[1], torch.device("cpu"))
+patch = torch.zeros(1, 2, 200, 200, 200)
+allowed = psutil.Process().memory_info().vms + 60_000_000
+resource.setrlimit(resource.RLIMIT_AS, (allowed, allowed))
+try:
+    network(patch)
+except Exception as error:
+    from scripts.errors import ran_out_of_memory
+    print(type(error).__name__, ran_out_of_memory(error))
+"""
+
+
+@pytest.mark.parametrize("suffix", [".ts", ".onnx"])
+def test_lack_of_memory_is_no_fault_of_the_network(tmp_path, suffix):
+    path = tmp_path / f"model{suffix}"
+    save_onnx(path) if suffix == ".onnx" else save_torchscript(path, convolution())
+    result = forked(LITTLE_MEMORY, str(path))
+    assert result.stdout.split()[1:] == ["True"], result.stdout + result.stderr
+    assert "InputError" not in result.stdout

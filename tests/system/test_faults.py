@@ -1,6 +1,5 @@
 """What becomes of the commands when they are killed, or when disk, memory, clock or threads fail them."""
 
-import errno
 import json
 import os
 import re
@@ -14,15 +13,15 @@ from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
+import processes
 import pytest
 import torch
 from helpers import same, save_subject
 from PIL import Image
-from processes import QUICK, Commands, forked_commands, last_line, run, torchrun
+from processes import Commands, assert_one_line, evaluating, forked_commands, last_line, run, segmenting, torchrun
 
-from scripts.errors import InputError, one_line_of
-from scripts.files import alone, whole_files
 from scripts.results.tables import read_csv
+from scripts.workflow import exclusive_run
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +40,11 @@ def scans(tmp_path_factory, pieces) -> Path:
 
 def training(scans: Path, output: Path, *more: str) -> list[str]:
     """Three epochs that may be gone on with."""
-    folders = ["--dataset_dir", str(scans), "--output_dir", str(output), "--ckpt_dir", str(output)]
-    quick = [*QUICK, "--epochs", "3", "--picture_interval", "0"]
-    return ["run", "training", "--config_file", "configs/train.json", *folders, *quick, *more]
+    return processes.training(scans, output, "--epochs", "3", *more)
 
 
 def resumable(scans: Path, output: Path) -> list[str]:
     return training(scans, output, "--resume", "True")
-
-
-def evaluating(scans: Path, output: Path, *more: str) -> list[str]:
-    configs = "['configs/train.json','configs/evaluate.json']"
-    folders = ["--dataset_dir", str(scans), "--output_dir", str(output)]
-    return ["run", "evaluating", "--config_file", configs, *folders, *more]
-
-
-def segmenting(scans: Path, output: Path, *more: str) -> list[str]:
-    folders = ["--dataset_dir", str(scans), "--output_dir", str(output)]
-    return ["run", "--config_file", "configs/inference.json", *folders, *more]
 
 
 def undisturbed(commands: Commands, arguments: list[str], output: Path) -> SimpleNamespace:
@@ -118,14 +104,6 @@ def assert_same_results(output: Path, expected: Path) -> None:
         assert same(read_whole(output / name), read_whole(expected / name)), name
 
 
-def assert_one_line(result: subprocess.CompletedProcess, *words: str) -> None:
-    assert result.returncode != 0
-    assert "Traceback" not in result.stdout + result.stderr, result.stdout + result.stderr
-    assert last_line(result).startswith("error: "), result.stderr
-    for word in words:
-        assert word in last_line(result)
-
-
 def slow(*parameters):
     return pytest.param(*parameters, marks=pytest.mark.slow)
 
@@ -148,40 +126,17 @@ def test_command_killed_at_any_moment_ends_as_if_it_had_not_been(commands, scans
     assert_same_results(tmp_path / "out", undisturbed.output)
 
 
-def test_what_killed_runs_left_unfinished_is_removed_by_the_next_of_their_kind(tmp_path):
-    here, below = ".unfinished-results-a", "sub-1/anat/.unfinished-results-b"
-    other, unknown, nested = ".unfinished-training-c", ".unfinished-d", "inner/.unfinished-results-e"
-    for folder in (here, below, other, unknown, nested):
-        (tmp_path / folder).mkdir(parents=True)
-        (tmp_path / folder / "half.nii.gz").touch()
-    with alone("results", [str(tmp_path)]), whole_files(tmp_path) as temporary:
-        assert temporary.name.startswith(".unfinished-results-")
-    assert [(tmp_path / folder).exists() for folder in (here, below, other, unknown, nested)] == [False] * 2 + [
-        True
-    ] * 3
-
-
 @pytest.mark.parametrize("busy", ["training's checkpoints", slow("training"), slow("evaluating"), "segmenting"])
 def test_second_run_on_a_folder_is_refused(commands, scans, tmp_path, busy):
     output = tmp_path / "out"
     of_results = {"evaluating": evaluating(scans, output), "segmenting": segmenting(scans, output)}
     kind = "results" if busy in of_results else "training"
     busy_folder = tmp_path / "weights" if busy == "training's checkpoints" else output
-    with alone(kind, [str(busy_folder)]):
+    with exclusive_run(kind, [str(busy_folder)]):
         result = commands.run(of_results.get(busy, training(scans, output, "--ckpt_dir", str(tmp_path / "weights"))))
         assert names(busy_folder) == {f".{kind}.lock"}
     assert_one_line(result, f"{busy_folder}: another run ({kind}) is writing here", "choose another folder")
     assert not any(output.iterdir())
-
-
-def test_network_so_far_is_scored_while_training_goes_on_and_a_folder_is_free_again_when_a_run_ends(tmp_path):
-    with alone("training", [str(tmp_path), str(tmp_path / ".." / tmp_path.name)]), alone("results", [str(tmp_path)]):
-        assert names(tmp_path) == {".training.lock", ".results.lock"}
-    with pytest.raises(KeyError), alone("training", [str(tmp_path)]):
-        raise KeyError
-    assert not any(tmp_path.iterdir())
-    with alone("training", [str(tmp_path)]):
-        pass
 
 
 RANKS = """
@@ -190,10 +145,11 @@ sys.path.insert(0, os.getcwd())
 import ignite.distributed as idist
 import torch
 from scripts.distributed import join, leave
-from scripts.files import alone, whole_files
+from scripts.files import whole_files
+from scripts.workflow import exclusive_run
 
 join(sys.argv[1], torch.device("cpu"))
-with alone("results", [sys.argv[1]]), whole_files(sys.argv[1]) as temporary:
+with exclusive_run("results", [sys.argv[1]]), whole_files(sys.argv[1]) as temporary:
     (temporary / f"{idist.get_rank()}.txt").touch()
 leave()
 """
@@ -207,17 +163,6 @@ def test_processes_of_one_run_count_as_one(tmp_path):
     result = run(torchrun(2, str(tmp_path / "ranks.py"), str(output)))
     assert result.returncode == 0, result.stderr
     assert names(output) == {"0.txt", "1.txt", "rank-0.log", "rank-1.log"}
-
-
-def test_file_system_without_locks(monkeypatch, tmp_path):
-    def refuse(*arguments):
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    (tmp_path / ".unfinished-training-a").mkdir()
-    monkeypatch.setattr("fcntl.flock", refuse)
-    with alone("training", [str(tmp_path)]), whole_files(tmp_path) as temporary:
-        (temporary / "model.pt").touch()
-    assert {"model.pt", ".unfinished-training-a"} <= names(tmp_path)
 
 
 @pytest.fixture
@@ -356,14 +301,7 @@ BROKEN = "raise OSError(5, 'Input/output error')"
     ("command", "module", "name", "call", "deed", "told"),
     [
         slow("training", "monai.transforms", "RandFlipd.__call__", 4, BROKEN, "OSError: [Errno 5] Input/output error"),
-        (
-            "segmenting",
-            "scripts.data.transforms",
-            "LoadSubjectd.__call__",
-            3,
-            BROKEN,
-            "OSError: [Errno 5] Input/output",
-        ),
+        ("segmenting", "scripts.data.transforms", "LoadSubjectd.__call__", 3, BROKEN, "OSError: [Errno 5] Input/"),
         slow("training with a worker", "monai.transforms", "RandFlipd.__call__", 2, "os._exit(3)", "DataLoader worker"),
     ],
 )
@@ -405,29 +343,3 @@ def test_clock_that_is_set_back(commands, scans, tmp_path, trained, segmented, c
     assert result.returncode == 0, result.stderr
     assert_same_results(tmp_path, (trained if is_training else segmented).output)
     assert not re.search(r"(?<![\w.-])-\d.*", result.stdout + result.stderr)
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (InputError("a.hdr: broken"), "error: a.hdr: broken"),
-        (KeyboardInterrupt(), "stopped from the keyboard; "),
-        (
-            MemoryError("Unable to allocate 3 GiB"),
-            "error: memory ran out (Unable to allocate 3 GiB); lower --batch_size",
-        ),
-        (RuntimeError("can't start new thread"), "error: memory ran out (can't start new thread); lower"),
-        (RuntimeError("could not create a primitive descriptor for a convolution"), None),
-        (RuntimeError("could not create a primitive"), "error: memory ran out (could not create a primitive); lower"),
-        (torch.OutOfMemoryError("CUDA out of memory.\nTried"), "error: memory ran out (CUDA out of memory. Tried)"),
-        (OSError(errno.EROFS, "Read-only file system", "x"), "error: [Errno 30] Read-only file system: 'x'; make room"),
-        (OSError(errno.EIO, "Input/output error"), None),
-        (KeyError("a fault of the program"), None),
-    ],
-)
-def test_what_is_told_in_one_line(error, told):
-    wrapped = RuntimeError("Failed to instantiate")
-    wrapped.__cause__ = error
-    for each in (error, wrapped) if isinstance(error, Exception) else (error,):
-        line = one_line_of(each)
-        assert line is told is None or line.startswith(told)

@@ -6,6 +6,7 @@ import psutil
 import pytest
 import torch
 from helpers import ROOT
+from processes import forked
 
 from scripts.machine import available_memory
 
@@ -29,5 +30,6 @@ def test_available_memory_heeds_the_limit_of_the_user():
         "free = a(cpu); limit = 6 * 2**30; resource.setrlimit(resource.RLIMIT_AS, (limit, limit));"
         "assert 0 < a(cpu) < min(free + 1, limit), (free, a(cpu))"
     )
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, check=True)
+    result = forked(code)
+    assert result.returncode == 0, result.stderr
     assert available_memory(torch.device("cpu")) <= psutil.virtual_memory().total

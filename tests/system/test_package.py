@@ -12,6 +12,7 @@ import sys
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -24,7 +25,7 @@ from huggingface_hub import ModelCard
 from processes import QUICK, bundle, server
 
 from scripts.commands import package as package_module
-from scripts.commands.package import AT_THE_TOP, CONTENTS, NAME, package, require_publishable, zipped
+from scripts.commands.package import AT_THE_TOP, LEFT_OUT, NAME, contents, package, require_publishable, zipped
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
 
@@ -65,7 +66,7 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 def copy_contents(directory: Path) -> Path:
     """What goes into the zip, as another checkout may have it: other order, times and permissions."""
-    for number, name in enumerate(reversed(CONTENTS)):
+    for number, name in enumerate(reversed(contents(ROOT))):
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(ROOT / name, directory / name)
         (directory / name).chmod(0o600)
@@ -92,24 +93,38 @@ def downloaded(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_downloaded_bundle_has_what_belongs_in_it_and_nothing_else(downloaded):
     files = tree(downloaded)
-    assert set(files) == {*CONTENTS, *AT_THE_TOP}
+    assert set(files) == {*contents(ROOT), *AT_THE_TOP}
     assert {"LICENSE", "README.md", "metadata.json", "requirements.txt", "models/model.pt"} <= set(files)
     for name, content in files.items():
         assert content == (ROOT / AT_THE_TOP.get(name, name)).read_bytes(), name
         assert not (downloaded / name).is_symlink()
 
 
+def test_untracked_files_of_a_checkout_stay_out(tmp_path):
+    for name in ("configs/train.json", "configs/mine.json", "docs/index.md", "docs/private.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert len(contents(tmp_path)) == 4
+    for arguments in (["init", "--quiet"], ["add", "configs/train.json", "docs/index.md"]):
+        subprocess.run(["git", *arguments], cwd=tmp_path, check=True)
+    assert contents(tmp_path) == ["configs/train.json", "docs/index.md"]
+
+
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="a downloaded bundle doesn't know what is tracked")
-def test_every_tracked_file_of_the_bundle_is_in_the_list():
-    folders = sorted({name.partition("/")[0] for name in CONTENTS})
-    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert sorted(CONTENTS) == sorted(listed.stdout.splitlines())
+def test_contents_are_the_tracked_files_of_the_bundle():
+    folders = sorted({name.partition("/")[0] for name in contents(ROOT)})
+    tracked = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True)
+    expected = [name for name in tracked.stdout.splitlines() if not any(fnmatch(name, each) for each in LEFT_OUT)]
+    assert contents(ROOT) == sorted(expected)
 
 
 def test_same_bytes_from_another_checkout_with_other_files_lying_about(dist, tmp_path):
     copy = copy_contents(tmp_path)
-    for stray in ("models/model-0a1b2c3d.pt", "models/model.ts", "configs/mine.json", "scripts/.hidden.py", "eval/x"):
-        (copy / stray).parent.mkdir(exist_ok=True)
+    for stray in (
+        *("models/model-0a1b2c3d.pt", "models/model.ts", "configs/.mine.json", "scripts/.hidden.py", "eval/x"),
+        *("scripts/data/__pycache__/x.pyc", "docs/.drafts/x.md", "requirements-dev.txt", "requirements/dev.txt"),
+    ):
+        (copy / stray).parent.mkdir(parents=True, exist_ok=True)
         (copy / stray).write_text("stray")
     assert zipped(copy) == (dist / ZIP).read_bytes()
 
@@ -138,7 +153,7 @@ def test_another_file_of_the_same_name_stays(suffix, tmp_path):
     package(str(tmp_path))  # the same once more
     (tmp_path / f"{ZIP}{suffix}").write_text("of an earlier day")
     before = tree(tmp_path)
-    with pytest.raises(InputError, match=rf"{ZIP}{suffix}: is there already with other content; raise the version in"):
+    with pytest.raises(InputError, match=rf"{ZIP}{suffix}: already exists with other content; raise the version in"):
         package(str(tmp_path))
     assert tree(tmp_path) == before
 
@@ -148,7 +163,7 @@ def test_bundles_that_would_not_work_are_refused(tmp_path, monkeypatch):
     weights, output = copy / "models" / "model.pt", tmp_path / "dist"
     monkeypatch.setattr(package_module, "ROOT", copy)
     weights.unlink()
-    with pytest.raises(InputError, match=r"models/model.pt: no such file, and it belongs in the zip; train first"):
+    with pytest.raises(InputError, match=r"models/model.pt: no such file, but the zip needs it; train first"):
         package(str(output))
     assert not output.exists()
     state = SkipDenseSeg().state_dict()
@@ -160,10 +175,10 @@ def test_bundles_that_would_not_work_are_refused(tmp_path, monkeypatch):
     torch.save(state, weights)
     require_publishable(copy)
     (copy / "configs" / "metadata.json").write_text(json.dumps(METADATA | {"version": "99.0.0"}))
-    with pytest.raises(InputError, match=r"metadata.json: version 99.0.0 isn't in the changelog; add what is new"):
+    with pytest.raises(InputError, match=r"metadata.json: version 99.0.0 isn't in the changelog; add an entry"):
         package(str(output))
     (copy / "scripts" / "network.py").unlink()
-    with pytest.raises(InputError, match=r"scripts/network.py: no such file, .*; get the bundle anew"):
+    with pytest.raises(InputError, match=r"scripts/network.py: no such file, .*; get a fresh copy of the bundle"):
         package(str(output))
     assert not output.exists()
 

@@ -8,7 +8,7 @@ from monai.inferers import SimpleInferer, SlidingWindowInferer
 from monai.metrics import compute_dice
 from monai.networks import one_hot
 
-from scripts.inference.precision import MixedPrecisionInferer, folded, network_precision
+from scripts.inference.precision import MixedPrecisionInferer, fuse_batch_norms, network_precision
 from scripts.inference.windows import LargestWindowInferer
 from scripts.network import SkipDenseSeg
 from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, nominal, six_month_image, six_month_subject
@@ -135,13 +135,15 @@ def test_training_loss_as_in_plain_float32(phantom_brain, precision):
     assert np.mean(ours[-10:]) == pytest.approx(np.mean(plain[-10:]), rel=0.05)
 
 
-def test_bfloat16_holds_the_biases_of_folded_batch_norms(trained_network):
+def test_bfloat16_holds_the_biases_of_fused_batch_norms(trained_network):
     convolutions = [
-        m for m in folded(trained_network).modules() if isinstance(m, torch.nn.Conv3d) and m.bias is not None
+        m for m in fuse_batch_norms(trained_network).modules() if isinstance(m, torch.nn.Conv3d) and m.bias is not None
     ]
     assert len(convolutions) == 11
     for convolution in convolutions:
         assert torch.equal(convolution.bias.bfloat16().float(), convolution.bias)
     image = torch.randn(1, 2, 32, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(folded(trained_network)(image), trained_network(image), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            fuse_batch_norms(trained_network)(image), trained_network(image), rtol=1e-4, atol=1e-4
+        )

@@ -1,16 +1,14 @@
 """What holds for any volume: of any orientation, shape and voxel size, drawn at random and the same each time."""
 
 import itertools
-import math
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import nibabel as nib
 import numpy as np
 import pytest
-import SimpleITK as sitk
 import torch
-from helpers import ROOT, surface
+from helpers import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.bundle import ConfigParser
@@ -22,19 +20,16 @@ from scipy.ndimage import grey_dilation, grey_erosion
 
 from scripts.commands.prepare_hdf5 import prepare_hdf5
 from scripts.data.hdf5 import read_hdf5
-from scripts.data.subjects import find_subjects
+from scripts.data.subjects import Dataset
 from scripts.data.volumes import read_volume
-from scripts.results.label_images import LabelSaver, write_analyze, write_label
-from scripts.results.metrics import tissue_scores
-from scripts.synthesis.phantom_brains import label_map
-from scripts.tissues import ISEG_VALUES, tissue_labels
+from scripts.results.label_images import LabelSaver
+from scripts.tissues import tissue_labels
 
 ORIENTATIONS = [
     np.c_[axes, flips] for axes in itertools.permutations(range(3)) for flips in itertools.product((1, -1), repeat=3)
 ]
 steady = settings(deadline=None, derandomize=True, max_examples=25)
 seeds = st.integers(0, 2**32 - 1)
-shapes = st.tuples(*[st.integers(1, 9)] * 3)
 # odd; the network's grid is longer than the least of them and, around the brain, shorter than the greatest
 sides = st.tuples(*[st.sampled_from([17, 23, 31, 33, 49, 75])] * 3)
 spacings = st.tuples(*[st.floats(0.7, 1.5)] * 3)
@@ -64,7 +59,7 @@ def save_turned(folder: Path, volumes: dict[str, np.ndarray], order: np.ndarray,
     affine = affine @ inv_ornt_aff(order, volumes["T1"].shape)
     for kind, values in volumes.items():
         nib.save(nib.Nifti1Image(nib.apply_orientation(values, order), affine), folder / f"subject-1-{kind}.nii")
-    return find_subjects(str(folder))[0]
+    return Dataset(str(folder)).require_good()[0]
 
 
 def there_and_back(before_and_after, shape, order, spacing, rng, suffix) -> tuple[np.ndarray, np.ndarray]:
@@ -107,62 +102,6 @@ def test_label_of_other_voxels_changes_only_beside_its_boundaries(before_and_aft
     np.testing.assert_array_equal(found[inside], label[inside])
 
 
-@steady
-@given(shape=shapes, dtype=st.sampled_from([np.int16, np.uint8]), seed=seeds)
-def test_analyze_is_read_as_it_was_written(shape, dtype, seed):
-    limits = np.iinfo(dtype)
-    values = np.random.default_rng(seed).integers(limits.min, limits.max, shape, dtype, endpoint=True)
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "volume.hdr"
-        write_analyze(path, values)
-        read, affine = read_volume(str(path))
-        np.testing.assert_array_equal(read, values)
-        np.testing.assert_array_equal(affine, np.diag([-1, 1, 1, 1]))
-        # by the published layout, without nibabel: the first axis runs fastest, and voxels count from 1
-        stored = np.fromfile(path.with_suffix(".img"), dtype).reshape(shape, order="F")
-        np.testing.assert_array_equal(stored, values)
-        np.testing.assert_array_equal(np.frombuffer(path.read_bytes(), "<i2", 3, offset=253), 1)
-
-
-@steady
-@given(shape=shapes, seed=seeds, spacing=spacings, place=st.tuples(*[st.integers(1, 9)] * 3))
-def test_analyze_label_has_the_origin_of_its_t1_without_a_file_beside_it(shape, seed, spacing, place):
-    label = np.random.default_rng(seed).integers(0, 4, shape, np.uint8)
-    place = np.minimum(place, shape)
-    with TemporaryDirectory() as folder:
-        t1, path = (Path(folder) / name for name in ("t1.hdr", "label.hdr"))
-        image = nib.Spm2AnalyzeImage(np.ones(shape, np.int16), None)
-        image.header.set_zooms(spacing)
-        image.header["origin"][:3] = place
-        nib.save(image, t1)
-        write_label(path, label, str(t1))
-        read, affine = read_volume(str(path))
-        assert not path.with_suffix(".mat").exists()
-        np.testing.assert_array_equal(tissue_labels(read, "label"), label)
-        size = np.array(spacing, np.float32) * [-1, 1, 1]
-        np.testing.assert_allclose(affine, nib.affines.from_matvec(np.diag(size), -(place - 1) * size), rtol=1e-6)
-
-
-@steady
-@given(
-    shape=shapes, order=orientations, spacing=spacings, seed=seeds, axes=st.sampled_from([(), (1,), (1, 1)]),
-    offset=st.tuples(*[st.floats(-1e5, 1e5)] * 3), suffix=st.sampled_from([".nii", ".nii.gz", ".hdr"]),
-)  # fmt: skip
-def test_label_has_the_grid_of_any_t1(shape, order, spacing, seed, axes, offset, suffix):
-    rng = np.random.default_rng(seed)
-    label = rng.integers(0, 4, shape, np.uint8)
-    turn = nib.eulerangles.euler2mat(*rng.uniform(-np.pi, np.pi, 3))
-    affine = nib.affines.from_matvec(turn @ np.diag(spacing), offset) @ inv_ornt_aff(order, shape)
-    with TemporaryDirectory() as folder:
-        t1, path = Path(folder) / "t1.nii.gz", Path(folder) / f"label{suffix}"
-        nib.save(nib.Nifti1Image(np.ones((*shape, *axes), np.int16), affine), t1)
-        write_label(path, label, str(t1))
-        assert nib.load(path).shape == (*shape, *axes)
-        read, read_affine = read_volume(str(path))
-        np.testing.assert_array_equal(read, np.array(ISEG_VALUES)[label] if suffix == ".hdr" else label)
-        np.testing.assert_allclose(read_affine, nib.load(t1).affine, rtol=1e-6, atol=1e-6)
-
-
 @settings(steady, max_examples=12)
 @given(shape=sides, order=orientations, spacing=st.one_of(st.just((1.0, 1.0, 1.0)), spacings), seed=seeds)
 def test_subject_is_the_same_from_hdf5(before_and_after, shape, order, spacing, seed):
@@ -174,7 +113,7 @@ def test_subject_is_the_same_from_hdf5(before_and_after, shape, order, spacing, 
         scans.mkdir()
         of_images = before(save_turned(scans, {"T1": t1, "T2": t2, "label": label}, order, spacing))
         prepare_hdf5(str(scans), str(prepared), val_subjects=[])
-        subject = find_subjects(str(prepared))[0]
+        subject = Dataset(str(prepared)).require_good()[0]
         of_hdf5 = before(subject)
         image, labels = read_hdf5(subject["image"][0])
     torch.testing.assert_close(of_hdf5["image"].as_tensor(), of_images["image"].as_tensor(), rtol=0, atol=1e-4)
@@ -186,55 +125,3 @@ def test_subject_is_the_same_from_hdf5(before_and_after, shape, order, spacing, 
         # in units of the spread over the brain, in whatever order of voxels
         for ours, scan in zip(image, (t1, t2), strict=True):
             np.testing.assert_allclose(np.sort(ours[brain]), np.sort(scan[t1 > 0] / scan[t1 > 0].std()), atol=1e-4)
-
-
-def by_definition(prediction: np.ndarray, label: np.ndarray, spacing: tuple[float, ...]) -> dict[str, float]:
-    """Scores of one tissue from its two masks, each distance taken."""
-    if not label.any():
-        return dict.fromkeys(("dice", "hd_max", "hd95", "asd"), math.nan)
-    if not prediction.any():
-        return {"dice": 0.0} | dict.fromkeys(("hd_max", "hd95", "asd"), math.inf)
-    a, b = (surface(mask) * spacing for mask in (prediction, label))
-    distances = np.linalg.norm(a[:, None] - b[None], axis=-1)
-    ways = (distances.min(1), distances.min(0))
-    return {
-        "dice": 2 * (prediction & label).sum() / (prediction.sum() + label.sum()),
-        "hd_max": max(way.max() for way in ways),
-        "hd95": max(np.percentile(way, 95) for way in ways),
-        "asd": np.concatenate(ways).mean(),
-    }
-
-
-@pytest.mark.filterwarnings("ignore:.*ground truth of class:UserWarning", "ignore:.*prediction of class:UserWarning")
-@settings(steady, max_examples=50)
-@given(shape=shapes, spacing=spacings, density=st.sampled_from([0.02, 0.2, 0.7, 1.0]), seed=seeds)
-def test_scores_are_by_definition(shape, spacing, density, seed):
-    """Also of flat volumes, single voxels, tissues that are missing in one or both, and volumes without background."""
-    rng = np.random.default_rng(seed)
-    prediction, label = ((rng.integers(1, 4, shape) * (rng.random(shape) < density)) for _ in range(2))
-    scores = tissue_scores(torch.from_numpy(prediction)[None], torch.from_numpy(label)[None], spacing)
-    for value, tissue in enumerate(("csf", "gm", "wm"), start=1):
-        for name, expected in by_definition(prediction == value, label == value, spacing).items():
-            assert scores[f"{name}_{tissue}"] == pytest.approx(expected, rel=1e-4, abs=1e-5, nan_ok=True), name
-
-
-def test_dice_and_greatest_distance_are_those_of_itk():
-    """On a whole phantom of 2 mm.
-
-    ITK takes the Hausdorff distance of all voxels of two objects, ours is of their surfaces; so ITK is given the
-    surfaces. It has no 95th percentile, and its average is another: the greater of the two directions' means.
-    """
-    label = label_map(np.random.default_rng(4))[::2, ::2, ::2]
-    prediction = np.roll(label, (2, -1, 3), (0, 1, 2))
-    spacing = (1.8, 2.0, 2.6)
-    scores = tissue_scores(torch.from_numpy(prediction)[None], torch.from_numpy(label)[None], spacing)
-    images = [sitk.GetImageFromArray(values.transpose(2, 1, 0)) for values in (prediction, label)]
-    for image in images:
-        image.SetSpacing(spacing)
-    overlap = sitk.LabelOverlapMeasuresImageFilter()
-    overlap.Execute(*images)
-    for value, tissue in enumerate(("csf", "gm", "wm"), start=1):
-        assert scores[f"dice_{tissue}"] == pytest.approx(overlap.GetDiceCoefficient(value), rel=1e-6)
-        distance = sitk.HausdorffDistanceImageFilter()
-        distance.Execute(*(sitk.BinaryContour(image == value, fullyConnected=False) for image in images))
-        assert scores[f"hd_max_{tissue}"] == pytest.approx(distance.GetHausdorffDistance(), rel=1e-5)

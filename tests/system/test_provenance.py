@@ -19,7 +19,7 @@ from scripts.weights import read_checkpoint
 VERSION = json.loads((ROOT / "configs" / "metadata.json").read_text())["version"]
 WEIGHTS = ROOT / "models" / "model.pt"
 SHA256 = hashlib.sha256(WEIGHTS.read_bytes()).hexdigest()
-QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1}
+QUICK = {"epochs": 1, "crops_per_epoch": 2, "batch_size": 1, "picture_interval": 0}
 # what a scanner or a converter may leave in a header
 OF_A_PATIENT = ("JANE^DOE", "MRN4711", "1999-12-31")
 
@@ -74,7 +74,7 @@ def test_training_and_evaluation_tell_with_what_they_were_made(dataset, tmp_path
 
 def test_training_that_found_nothing_to_go_on_with_tells_of_itself_alone(dataset, tmp_path):
     (tmp_path / "training-provenance.json").write_text(json.dumps({"date": "2001-01-01", "setting seed": "77"}))
-    configured(dataset, tmp_path, "train.json", **QUICK, ckpt_dir=str(tmp_path), resume=True).run()
+    configured(dataset, tmp_path, "train.json", **QUICK, resume=True).run()
     found = told(tmp_path, "training")
     assert found["setting seed"] == "0"
     assert found["date"] > "2001-01-02"
@@ -99,7 +99,6 @@ def preparing(workers: int) -> dict[str, int]:
 
 LOADING = {"train#dataloader#num_workers": 2}
 WAYS = {
-    "again": pytest.param({}, marks=pytest.mark.slow),
     "one process prepares": pytest.param(preparing(0), marks=pytest.mark.slow),
     "three threads prepare": pytest.param(preparing(3), marks=pytest.mark.slow),
     "two workers load": pytest.param(LOADING, marks=pytest.mark.slow),
@@ -112,6 +111,7 @@ def test_same_seed_gives_the_same_network_to_the_last_bit(dataset, first, tmp_pa
     assert same(first, trained(dataset, tmp_path, **settings))
 
 
+@pytest.mark.slow
 def test_another_seed_gives_another_network(dataset, first, tmp_path):
     assert not same(first, trained(dataset, tmp_path, seed=1))
 
@@ -139,14 +139,14 @@ def content(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("suffix", [".hdr", pytest.param(".nii.gz", marks=pytest.mark.slow)])
-def test_nothing_of_a_patient_goes_from_headers_into_results(brains, tmp_path, suffix):
+def test_nothing_of_a_patient_goes_from_headers_into_results(pieces, tmp_path, suffix):
     data, output = tmp_path / "data", tmp_path / "output"
-    save_telling_subject(data, brains[0], suffix)
+    save_telling_subject(data, pieces[0], suffix)
     assert [path for path in data.iterdir() if b"MRN4711" in content(path)]
     for label_suffix in (".hdr", ".nii"):
         settings = {"label_suffix": label_suffix, "probabilities": True, "uncertainty": "network"}
         configured(data, output, "inference.json", subjects=[1], **settings).run()
-    configured(data, output, "train.json", val_subjects=[1], ckpt_dir=str(output), **QUICK).run()
+    configured(data, output, "train.json", val_subjects=[1], **QUICK | {"picture_interval": 1}).run()
     configured(data, output, "train.json", "evaluate.json", run_id="evaluating", val_subjects=[1]).run()
     written = [path for path in output.rglob("*") if path.is_file()]
     assert {".hdr", ".nii", ".gz", ".png", ".csv", ".json", ".html", ".pt"} <= {path.suffix for path in written}

@@ -3,24 +3,17 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from processes import bundle
+from processes import flags, succeeds
 
 from scripts.commands.robustness import CONDITIONS
 from scripts.results.tables import read_csv
-from scripts.synthesis.label_maps import LabelMap
-
-
-@pytest.fixture
-def brain(brains) -> LabelMap:
-    return LabelMap("A", brains[0]["label"][::-1].copy(), np.eye(4))
 
 
 @pytest.mark.slow
-def test_table_is_the_mean_of_the_rows(brain, tmp_path):
-    nib.save(nib.Nifti1Image(brain.label, brain.affine), tmp_path / "A.nii.gz")
+def test_table_is_the_mean_of_the_rows(brains, tmp_path):
+    nib.save(nib.Nifti1Image(brains[0]["label"][::-1], np.eye(4)), tmp_path / "A.nii.gz")
     out = tmp_path / "out"
-    result = bundle("robustness", "--labels_dir", str(tmp_path), "--output_dir", str(out), module="scripts")
-    assert result.returncode == 0, result.stderr
+    result = succeeds("robustness", *flags(labels_dir=tmp_path, output_dir=out), module="scripts")
     rows = read_csv(out / "robustness.csv")
     assert [row["condition"] for row in rows] == [*CONDITIONS, "procedural phantom"]
     assert (out / "robustness.md").read_text() in result.stdout

@@ -17,17 +17,19 @@ import time
 import urllib.parse
 import urllib.request
 import venv
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import ROOT, blocks, is_picture
 from PIL import Image
-from processes import KILLED, QUICK
+from processes import EVALUATE, KILLED, QUICK, Commands
 from torch.utils.tensorboard import SummaryWriter
 
 PAGE = "docs/experiment_tracking.md"
 TRAIN = ("run", "training", "--config_file", "configs/train.json", *QUICK, "--epochs", "3")
+TRAIN += ("--picture_interval", "1")
 # notes who is called, and lets nobody but the own machine be reached
 NETWORK = """
 import os, socket
@@ -74,24 +76,31 @@ class Tracked:
         (folder / "hook").mkdir()
         (folder / "hook" / "sitecustomize.py").write_text(NETWORK)
         # MLflow would be silent where it finds a test
-        quiet = {"CI", "PYTEST_CURRENT_TEST", "GITHUB_ACTIONS", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"}
-        self.environment = {name: value for name, value in os.environ.items() if name not in quiet}
+        self.quiet = {"CI", "PYTEST_CURRENT_TEST", "GITHUB_ACTIONS", "MLFLOW_DISABLE_TELEMETRY", "DO_NOT_TRACK"}
+        self.environment = {name: value for name, value in os.environ.items() if name not in self.quiet}
         self.environment["PYTHONWARNINGS"] = "ignore"
+        self.hook = {"PYTHONPATH": str(folder / "hook"), "CALLED": str(self.called)}
 
     def python(self, *arguments: str, network: bool = False) -> subprocess.CompletedProcess:
-        hook = {} if network else {"PYTHONPATH": str(self.called.parent / "hook"), "CALLED": str(self.called)}
         return subprocess.run(
             [str(self.bin / "python"), *arguments],
-            cwd=ROOT, env=self.environment | hook, capture_output=True, text=True, timeout=300,
+            cwd=ROOT, env=self.environment | ({} if network else self.hook),
+            capture_output=True, text=True, timeout=300,
         )  # fmt: skip
 
-    def bundle(self, *arguments: str) -> subprocess.CompletedProcess:
-        result = self.python("-m", "monai.bundle", *arguments, "--tracking", "mlflow")
+    @cached_property
+    def forked(self) -> Commands:
+        return Commands(python=str(self.bin / "python"), without=self.quiet, PYTHONWARNINGS="ignore", **self.hook)
+
+    def bundle(self, *arguments: str, fresh: bool = False) -> subprocess.CompletedProcess:
+        """A tracked command; in a fresh process MLflow does all that it does at its start."""
+        arguments = (*arguments, "--tracking", "mlflow")
+        result = self.python("-m", "monai.bundle", *arguments) if fresh else self.forked.run(arguments)
         assert result.returncode == 0, result.stderr
         return result
 
     def runs(self, folder: Path) -> list[dict]:
-        result = self.python("-c", READ, str(folder / "mlruns.db"))
+        result = self.forked.run([str(folder / "mlruns.db")], first=READ, module="")
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
@@ -120,9 +129,8 @@ def folders(dataset: Path, output: Path | str) -> tuple[str, ...]:
 def killed(tracked, dataset, tmp_path_factory) -> Path:
     """The results of a training that was killed in its third epoch."""
     folder = tmp_path_factory.mktemp("killed")
-    (folder / "killed.py").write_text(KILLED)
     arguments = (*TRAIN, *folders(dataset, folder / "eval"), "--tracking", "mlflow")
-    result = tracked.python(str(folder / "killed.py"), "computing", *arguments)
+    result = tracked.forked.run(("computing", *arguments), first=KILLED, module="")
     assert result.returncode == -signal.SIGKILL, result.stderr
     return folder / "eval"
 
@@ -146,7 +154,7 @@ def test_killed_training_goes_on_in_its_run(tracked, killed, dataset):
     assert [step for step, _ in run["metrics"]["train_step_loss"]] == [1, 2, 3, 4]
     assert [epoch for epoch, _ in run["metrics"]["val_mean_dice"]] == [1, 2]
 
-    resumed = tracked.bundle(*TRAIN, *folders(dataset, output), "--resume", "True")
+    resumed = tracked.bundle(*TRAIN, *folders(dataset, output), "--resume", "True", fresh=True)
     assert f"MLflow run {run['name']}: sqlite:///{output}/mlruns.db" in resumed.stdout
     (whole,) = tracked.runs(output)
     assert (whole["name"], whole["status"]) == (run["name"], "FINISHED")
@@ -174,8 +182,7 @@ def test_killed_training_goes_on_in_its_run(tracked, killed, dataset):
 @pytest.mark.slow
 def test_evaluation_and_inference_have_runs_of_their_own(tracked, dataset, tmp_path):
     settings = ("--dataset_dir", str(dataset), "--output_dir", str(tmp_path / "results"))
-    files = "['configs/train.json','configs/evaluate.json']"
-    tracked.bundle("run", "evaluating", "--config_file", files, *settings)
+    tracked.bundle("run", "evaluating", "--config_file", EVALUATE, *settings, fresh=True)
     tracked.bundle("run", "--config_file", "configs/inference.json", *settings)
     evaluation, inference = tracked.runs(tmp_path / "results")
     assert (evaluation["status"], inference["status"]) == ("FINISHED", "FINISHED")
@@ -194,6 +201,7 @@ def test_of_several_processes_the_first_records(tracked, dataset, tmp_path):
     result = tracked.python(
         *("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "monai.bundle"),
         *("run", "training", "--config_file", "['configs/train.json','configs/multi_gpu_train.json']", *QUICK),
+        *("--picture_interval", "1"),
         *(*folders(dataset, tmp_path), "--tracking", "mlflow"),
         network=True,  # by which the processes talk
     )

@@ -25,43 +25,50 @@ def load(name: str) -> dict:
 
 
 def test_what_stands_in_train_and_inference_is_the_same():
-    train, inference = load("train"), load("inference")
-    # dropout is that of `--uncertainty dropout` there, for networks trained with it or without
-    assert (train["network_def"].pop("dropout_prob"), inference["network_def"].pop("dropout_prob")) == (0, 0.2)
-    # a segmentation with less around the brain is as right and takes less time; trainings were compared with 16
-    assert (train["foreground_margin"], inference["foreground_margin"]) == (16, 2)
-    for name in set(train) & set(inference) - {"run", "initialize", "run_name", "network", "foreground_margin"}:
+    train, inference, evaluate = load("train"), load("inference"), load("evaluate")
+    # less around the brain takes less time to segment, with labels as right; trainings were compared with 16
+    assert (train["foreground_margin"], inference["foreground_margin"], evaluate["foreground_margin"]) == (16, 2, 2)
+    for name in set(train) & set(inference) - {"run", "network", "foreground_margin"}:
         assert inference[name] == train[name], name
-    assert inference["network"] == "$@network_def.to(@device)"
-    assert train["run_name"].pop("resume") == "@resume"
-    assert train["run_name"] | {"kind": "inference"} == inference["run_name"]
-    assert inference["initialize"] == train["initialize"]
-    assert inference["preprocessing"]["transforms"] == train["train"]["deterministic_transforms"]
-    # validation in training scores the network that is trained; evaluate.json puts the average around its inferer
-    evaluate = load("evaluate")
-    averaging = evaluate["validate#averaging_inferer"]
+    # what is shorter than a training patch is padded for it
+    steps = [step for step in train["train"]["deterministic_transforms"] if step["_target_"] != "SpatialPadd"]
+    assert inference["preprocessing"]["transforms"] == steps
+    assert len(train["train"]["deterministic_transforms"]) == len(steps) + 1
+    # validation in training scores the network that is trained; evaluate.json averages around its inferer
+    averaging = evaluate["validate#evaluator"]["inferer"]
     assert averaging.pop("inferer") == "@validate#inferer"
-    assert evaluate["validate#evaluator#inferer"] == "@validate#averaging_inferer"
     for name in ("uncertainty", "dropout_samples", "seed"):  # evaluation asks for no uncertainty
         assert inference["inferer"].pop(name) == f"@{name}"
     assert inference["inferer"] == averaging | {"inferer": train["validate"]["inferer"]}
-    for name in ("checkpoints", "flips", "foreground_margin"):
+    for name in ("checkpoints", "flips"):
         assert inference[name] == evaluate[name]
+    changed = {"inferer", "val_handlers"}
+    ours, theirs = ({k: v for k, v in e.items() if k not in changed} for e in (
+        evaluate["validate#evaluator"], train["validate"]["evaluator"]
+    ))  # fmt: skip
+    assert ours == theirs
     ours, theirs = (c["postprocessing"]["transforms"] for c in (inference, train["validate"]))
     assert ours[0].pop("transform") == "@preprocessing"
     assert theirs[0].pop("transform") == "@validate#preprocessing"
-    # what inference.json adds for those who ask for it
+    # what inference.json adds on demand
     assert [t for t in ours if not t["_target_"].startswith("scripts.results.probabilities.")] == theirs
 
 
 def test_what_the_overlays_for_several_devices_repeat_is_the_same():
     train, inference = load("train"), load("inference")
     overlays = {kind: load(f"multi_gpu_{kind}") for kind in ("train", "evaluate", "inference")}
-    for name in ("rank", "finalize", "initialize"):
+    for name in ("finalize", "+initialize"):
         assert overlays["train"][name] == overlays["evaluate"][name] == overlays["inference"][name]
-    assert overlays["train"]["initialize"][: len(train["initialize"])] == train["initialize"]
     assert overlays["evaluate"]["validate#dataset#data"]["items"] == train["validate"]["dataset"]["data"]
     assert overlays["inference"]["dataset#data"]["items"] == inference["dataset"]["data"]
+
+
+@pytest.mark.parametrize(
+    ("name", "ids", "size"), [("train", 39, 13_312), ("inference", 34, 8_192), ("evaluate", 7, 2_304)]
+)
+def test_configs_stay_small(name, ids, size):
+    assert len(load(name)) <= ids
+    assert (CONFIGS / f"{name}.json").stat().st_size <= size
 
 
 def test_network_def_is_the_default_network():

@@ -9,8 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, save_subject
-from monai.bundle import ConfigWorkflow
+from helpers import ROOT, configured, save_subject
 
 from scripts.errors import InputError
 from scripts.results.label_images import write_analyze
@@ -19,8 +18,6 @@ from scripts.segment import Segmentation, Segmenter, segment
 from scripts.tissues import Tissue
 
 LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
-# no padding to the size of a training patch, so that the tests are quick
-SMALL = {"patch_size": [32, 32, 32]}
 
 
 def same(first: Segmentation, second: Segmentation) -> bool:
@@ -42,7 +39,7 @@ def paths(tmp_path_factory, arrays) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def segmenter() -> Segmenter:
-    return Segmenter(**SMALL)
+    return Segmenter()
 
 
 @pytest.fixture(scope="module")
@@ -51,12 +48,7 @@ def segmented(segmenter, paths) -> Segmentation:
 
 
 def test_label_and_volumes_are_those_of_the_command(paths, segmented, tmp_path):
-    workflow = ConfigWorkflow(
-        str(ROOT / "configs" / "inference.json"), workflow_type="infer", logging_file=False, bundle_root=str(ROOT),
-        dataset_dir=str(paths[0].parent), output_dir=str(tmp_path), **SMALL,
-    )  # fmt: skip
-    workflow.initialize()
-    workflow.run()
+    configured(paths[0].parent, tmp_path).run()
     written = np.asarray(nib.load(tmp_path / "subject-11-label.nii.gz").dataobj)[..., 0]
     assert segmented.label.dtype == np.uint8
     np.testing.assert_array_equal(segmented.label, written)
@@ -112,11 +104,11 @@ def test_arrays_on_another_grid_come_back_on_it(segmenter, segmented, arrays):
 
 
 def test_settings_are_those_of_the_config(segmented, paths, tmp_path):
-    flipped = segment(*paths, flips=True, **SMALL)
+    flipped = segment(*paths, flips=True)
     assert 0 < (flipped.label != segmented.label).mean() < 0.1
     shutil.copy(ROOT / "models" / "model.pt", tmp_path)
-    assert same(segment(*paths, ckpt_dir=str(tmp_path), device="cpu", **SMALL), segmented)
-    assert segment(*paths, uncertainty="network", **SMALL).uncertainty.shape == segmented.label.shape
+    assert same(segment(*paths, ckpt_dir=str(tmp_path), device="cpu"), segmented)
+    assert segment(*paths, uncertainty="network").uncertainty.shape == segmented.label.shape
 
 
 def test_the_process_is_left_as_it_was(paths, capfd, caplog, monkeypatch, tmp_path):
@@ -126,7 +118,7 @@ def test_the_process_is_left_as_it_was(paths, capfd, caplog, monkeypatch, tmp_pa
     expected = random.random(), torch.rand(1)
     random.seed(1), torch.manual_seed(1)
     with caplog.at_level(logging.INFO):
-        segment(*paths, uncertainty="dropout", dropout_samples=2, **SMALL)
+        segment(*paths, uncertainty="dropout", dropout_samples=2)
     assert (random.random(), torch.rand(1)) == expected
     assert (sys.excepthook, logging.getLogger().handlers, logging.getLogger().level) == (hook, handlers, level)
     assert capfd.readouterr() == ("", "")

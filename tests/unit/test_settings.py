@@ -5,7 +5,7 @@ import pytest
 from helpers import ROOT
 
 from scripts.errors import InputError
-from scripts.settings import refuse_unknown_overrides
+from scripts.settings import refuse_unknown_overrides, require_tracking_package
 
 TRAIN = str(ROOT / "configs" / "train.json")
 EVALUATE = str(ROOT / "configs" / "evaluate.json")
@@ -20,7 +20,7 @@ EVALUATE = str(ROOT / "configs" / "evaluate.json")
         ["run", "--config_file", f"{TRAIN},{EVALUATE}", "--run_id", "training", "--logging_file", "x"],
         ["run", "--config_file", TRAIN, "--tracking", "mlflow", "--train#trainer#max_epochs", "3"],
         ["run", "--config_file", TRAIN, "--train::dataset::in_memory", "False", "--loss#_target_", "x"],
-        ["run", "--config_file", TRAIN, "--train#handlers#1#print_lr", "True", "-epochs", "3"],
+        ["run", "--config_file", TRAIN, "--train#handlers#0#print_lr", "True", "-epochs", "3"],
         ["--unrelated", "program"],
     ],
 )
@@ -91,3 +91,11 @@ def test_override_of_a_component_that_is_not_there(tmp_path):
     refuse_unknown_overrides(["run", "--config_file", str(path), "--loss#sigmoid", "False"])
     with pytest.raises(InputError, match="--loss#sigmod: no such setting; did you mean --loss::sigmoid"):
         refuse_unknown_overrides(["run", "--config_file", str(path), "--loss#sigmod", "False"])
+
+
+def test_missing_package_is_named_with_its_version(monkeypatch):
+    monkeypatch.setattr("scripts.settings.find_spec", lambda name: None)
+    require_tracking_package(["run", "training", "--config_file", "configs/train.json"])
+    with pytest.raises(InputError, match="--tracking mlflow: a package is missing; pip install mlflow==") as caught:
+        require_tracking_package(["run", "training", "--config_file", "configs/train.json", "--tracking", "mlflow"])
+    assert str(caught.value).split("; ")[1] in (ROOT / "docs" / "experiment_tracking.md").read_text().splitlines()

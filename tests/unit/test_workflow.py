@@ -1,12 +1,13 @@
+import errno
 import sys
 
 import pytest
 from helpers import ROOT
-from processes import bundle, last_line
 
 from scripts.errors import InputError
+from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
-from scripts.workflow import require_training_settings, start
+from scripts.workflow import exclusive_run, require_settings, start
 
 TRAIN = str(ROOT / "configs" / "train.json")
 
@@ -15,6 +16,7 @@ TRAIN = str(ROOT / "configs" / "train.json")
     ("settings", "message"),
     [
         ({"epochs": 0}, "--epochs 0: must be a whole number"),
+        ({"foreground_margin": -1}, "--foreground_margin -1: must be a whole number"),
         ({"batch_size": "two"}, "--batch_size two: must be a whole number"),
         ({"patch_size": [50, 64, 64]}, r"--patch_size \[50, 64, 64\]: must be multiples of 4"),
         ({"patch_size": 0}, "--patch_size 0"),
@@ -31,18 +33,11 @@ TRAIN = str(ROOT / "configs" / "train.json")
     ],
 )
 def test_settings_that_can_not_train(settings, message):
-    fine = {"network": SkipDenseSeg(), "patch_size": 64, "val_subjects": 9, "learning_rate": 1, "epochs": 1}
-    require_training_settings(**fine)
+    fine = {"network_def": SkipDenseSeg(), "patch_size": 64, "val_subjects": 9, "learning_rate": 1, "epochs": 1}
+    fine |= {"batch_size": 1, "start_from": None, "foreground_margin": 0}
+    require_settings("train", fine)
     with pytest.raises(InputError, match=message):
-        require_training_settings(**(fine | settings))
-
-
-def test_commands_of_our_own_refuse_urls(tmp_path):
-    result = bundle("cross_validate", "--dataset_dir", "d", "--output_dir", "s3://b/cv", cwd=ROOT, module="scripts")
-    assert (
-        last_line(result) == "error: --output_dir s3://b/cv: cross_validate takes paths, not URLs; copy the files first"
-    )
-    assert not (ROOT / "s3:").exists()
+        require_settings("train", fine | settings)
 
 
 def test_another_program_keeps_its_arguments_and_its_way_with_errors(monkeypatch):
@@ -50,3 +45,39 @@ def test_another_program_keeps_its_arguments_and_its_way_with_errors(monkeypatch
     monkeypatch.setattr("sys.argv", ["own_program.py", "--config_file", TRAIN, "--epocs", "1"])
     start(seed=0, device="cpu")
     assert sys.excepthook is hook
+
+
+def test_what_killed_runs_left_unfinished_is_removed_by_the_next_of_their_kind(tmp_path):
+    here, below = ".unfinished-results-a", "sub-1/anat/.unfinished-results-b"
+    other, unknown, nested = ".unfinished-training-c", ".unfinished-d", "inner/.unfinished-results-e"
+    for folder in (here, below, other, unknown, nested):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "half.nii.gz").touch()
+    with exclusive_run("results", [str(tmp_path)]), whole_files(tmp_path) as temporary:
+        assert temporary.name.startswith(".unfinished-results-")
+    assert not any((tmp_path / folder).exists() for folder in (here, below))
+    assert all((tmp_path / folder).exists() for folder in (other, unknown, nested))
+
+
+def test_training_and_scoring_share_a_folder_which_is_free_when_they_end(tmp_path):
+    with (
+        exclusive_run("training", [str(tmp_path), str(tmp_path / ".." / tmp_path.name)]),
+        exclusive_run("results", [str(tmp_path)]),
+    ):
+        assert {path.name for path in tmp_path.iterdir()} == {".training.lock", ".results.lock"}
+    with pytest.raises(KeyError), exclusive_run("training", [str(tmp_path)]):
+        raise KeyError
+    assert not any(tmp_path.iterdir())
+    with exclusive_run("training", [str(tmp_path)]):
+        pass
+
+
+def test_file_system_without_locks(monkeypatch, tmp_path):
+    def refuse(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    (tmp_path / ".unfinished-training-a").mkdir()
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with exclusive_run("training", [str(tmp_path)]), whole_files(tmp_path) as temporary:
+        (temporary / "model.pt").touch()
+    assert {"model.pt", ".unfinished-training-a"} <= {path.name for path in tmp_path.iterdir()}

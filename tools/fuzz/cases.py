@@ -21,12 +21,12 @@ from monai.networks import one_hot
 from monai.transforms import Compose
 
 from scripts.commands.import_weights import import_weights
-from scripts.data.subjects import find_subjects
+from scripts.data.subjects import Dataset
 from scripts.network import SkipDenseSeg
 from scripts.results.label_images import write_label
 from scripts.settings import given_options, refuse_unknown_overrides
 from scripts.weights import load_weights
-from scripts.workflow import require_training_settings
+from scripts.workflow import require_settings
 from tests.bad_subjects import T1, big_endian, hdf5, save
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +144,7 @@ def use_subject(kind: str, rng: Rng, folder: Path) -> None:
             path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
 
     before, after = transforms()
-    loaded = before(find_subjects(str(folder))[0])
+    loaded = before(Dataset(str(folder)).require_good()[0])
     assert loaded["image"].isfinite().all(), "the image isn't finite"
     assert set(loaded["label"].unique().tolist()) <= {0, 1, 2, 3}, "the label isn't 0 to 3"
     found = after(loaded | {"pred": MetaTensor(one_hot(loaded["label"].as_tensor()[None], 4)[0])})["pred"][0].numpy()
@@ -311,13 +311,9 @@ def use_settings(rng: Rng, folder: Path) -> None:
         arguments += ["--args_file", str(folder / "args.json")]
     (folder / "arguments.txt").write_text(repr(arguments))
     given = given_options(arguments)
-    settings = {
-        "patch_size": 64,
-        "val_subjects": 9,
-        "learning_rate": 0.1,
-        **{name: given[name] for name in SETTINGS if name in given},
-    }
-    require_training_settings(networks()[0], **settings)
+    settings = {"network_def": networks()[0], "patch_size": 64, "val_subjects": 9, "learning_rate": 0.1}
+    settings |= {"start_from": None, **{name: given[name] for name in SETTINGS if name in given}}
+    require_settings("train", settings)
     patch = settings["patch_size"]
     assert isinstance(patch, int) or len(patch) == 3, f"patch_size {patch} has not three sides"
     refuse_unknown_overrides(arguments)

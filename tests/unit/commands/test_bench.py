@@ -6,7 +6,6 @@ from helpers import save_subject
 
 from scripts.commands import bench
 from scripts.errors import InputError
-from scripts.inference.precision import network_precision
 from scripts.results.tables import markdown_table
 
 CPU = torch.device("cpu")
@@ -30,11 +29,6 @@ def test_numbers_are_refused_before_anything_is_measured(tmp_path, settings):
     assert not (tmp_path / "out").exists()
 
 
-def test_why_segmenting_a_folder_failed_is_told(tmp_path):
-    with pytest.raises(InputError, match=r"nowhere: segmenting ended with status 1: error: .*no such folder"):
-        bench.end_to_end(tmp_path / "nowhere", tmp_path / "out", "fp32")
-
-
 def test_peak_memory_is_that_of_the_call():
     peak = bench.peak_memory(lambda: torch.ones(100_000_000), CPU)
     assert peak is None or 0.35 < peak < 0.5
@@ -45,7 +39,7 @@ def test_medians_take_the_ways_in_turn():
     ways = {
         name: (lambda name=name: calls.append(f"set up {name}"), lambda name=name: calls.append(name)) for name in "ab"
     }
-    medians = bench.interleaved_medians(ways, 2, CPU, "")
+    medians = bench.interleaved_medians(ways, 2, "")
     assert calls == ["set up a", "a", "set up b", "b"] * 2
     assert set(medians) == {"a", "b"}
 
@@ -58,7 +52,3 @@ def test_tables_leave_out_what_a_row_lacks():
         "| a | 1.235 |  |",
         "| b | 12,346 |  |",
     ]
-
-
-def test_ceiling_is_of_the_type_that_is_used():
-    assert bench.convolution_ceiling(CPU, network_precision(CPU, "auto")) > 1

@@ -9,22 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, SCORES, assert_gathered
 from monai.bundle import ConfigParser
 
-from scripts.commands import cross_validate as command
-from scripts.commands.cross_validate import cross_validate, deal, gather_folds, score_report
+from scripts.commands.cross_validate import assign_folds, cross_validate, gather_folds, score_report
 from scripts.errors import InputError
-from scripts.results.tables import read_csv, write_csv
+from scripts.results.tables import write_csv
 from scripts.settings import given_options
-from scripts.tissues import TISSUES
-
-NAMES = [f"{score}_{name}" for score in ("dice", "hd95", "hd_max", "asd") for name in (*TISSUES, "mean")]
 
 
 def scores(subject: str) -> dict:
     rng = np.random.default_rng(int(subject))
-    return {"subject": subject} | dict(zip(NAMES, rng.random(len(NAMES)).tolist(), strict=True))
+    return {"subject": subject} | dict(zip(SCORES, rng.random(len(SCORES)).tolist(), strict=True))
 
 
 class Runs:
@@ -47,37 +43,37 @@ class Runs:
 @pytest.fixture
 def runs(monkeypatch):
     runs = Runs()
-    monkeypatch.setattr(command.subprocess, "run", runs)
+    monkeypatch.setattr("subprocess.run", runs)
     return runs
 
 
 @pytest.mark.parametrize("folds", [2, 3, 4, 9, 10])
 def test_each_subject_is_in_one_fold_and_folds_are_alike(folds):
     subjects = [str(number) for number in range(1, 11)]
-    dealt = deal(subjects, folds)
-    assert list(dealt) == [str(number) for number in range(1, folds + 1)]
-    assert sorted(itertools.chain(*dealt.values()), key=int) == subjects
-    sizes = [len(fold) for fold in dealt.values()]
+    assigned = assign_folds(subjects, folds)
+    assert list(assigned) == [str(number) for number in range(1, folds + 1)]
+    assert sorted(itertools.chain(*assigned.values()), key=int) == subjects
+    sizes = [len(fold) for fold in assigned.values()]
     assert max(sizes) - min(sizes) <= 1
-    assert deal(subjects, folds) == dealt
+    assert assign_folds(subjects, folds) == assigned
 
 
-def test_subjects_are_dealt_in_their_order():
-    assert deal(["1", "2", "9", "10", "11"], 2) == {"1": ["1", "9", "11"], "2": ["2", "10"]}
-    assert deal(["1", "9"], "leave-one-out") == {"1": ["1"], "2": ["9"]}
+def test_subjects_are_assigned_in_their_order():
+    assert assign_folds(["1", "2", "9", "10", "11"], 2) == {"1": ["1", "9", "11"], "2": ["2", "10"]}
+    assert assign_folds(["1", "9"], "leave-one-out") == {"1": ["1"], "2": ["9"]}
 
 
 @pytest.mark.parametrize("folds", [0, 1, 4, 2.5, True, "leave-two-out"])
 def test_folds_that_can_not_be(folds):
-    with pytest.raises(InputError, match=f"--folds {folds}: must be a whole number from 2 to .*, 3, or leave-one-out"):
-        deal(["1", "2", "9"], folds)
+    with pytest.raises(InputError, match=f"--folds {folds}: must be leave-one-out or a whole number from 2 to .*, 3$"):
+        assign_folds(["1", "2", "9"], folds)
 
 
 def test_what_runs_for_each_fold(dataset, runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("own.json").write_text('{"batch_size": 2}')
     settings = {"epochs": 7, "patch_size": [32, 32, 32], "network_def#growth_rate": 8, "device": "cpu", "flips": True}
-    of_training = {"validate#handlers#5#network": "@network"}
+    of_training = {"validate#handlers#1#name": "val"}
     cross_validate(str(dataset), "cv", "leave-one-out", config_file="own.json", **settings, **of_training)
     assert [task for task, _ in runs.commands] == ["training", "evaluating"] * 3
     train, own, evaluate = (
@@ -110,7 +106,7 @@ def test_one_fold_alone_and_then_the_others(dataset, runs, tmp_path, capsys):
     cross_validate(str(dataset), str(tmp_path), 3)
     assert [options["val_subjects"] for _, options in runs.commands[2:]] == [["1"]] * 2 + [["9"]] * 2
     told = capsys.readouterr().out
-    assert "fold 2 of 3, subjects 2: finished already" in told
+    assert "fold 2 of 3, subjects 2: already finished" in told
     assert "Not finished" not in told
     with pytest.raises(InputError, match="--fold 4: must be one of 1 to 3"):
         cross_validate(str(dataset), str(tmp_path), 3, fold=4)
@@ -175,7 +171,7 @@ def test_another_plan_in_the_same_folder(dataset, own_dataset, runs, tmp_path):
         (dataset, 2, "settings, folds"),
         (own_dataset(), 2, "dataset_dir, settings, folds"),
     ):
-        with pytest.raises(InputError, match=rf"folds.json: is of a cross-validation with other {differing};"):
+        with pytest.raises(InputError, match=rf"folds.json: was made with other {differing};"):
             cross_validate(str(directory), output, folds)
     assert len(runs.commands) == before
     assert (tmp_path / "cv" / "folds.json").read_text() == plan
@@ -190,7 +186,7 @@ def test_config_that_changed_since_the_first_fold(dataset, runs, tmp_path):
     assert noted["training"] == ConfigParser.load_config_files(files[:2])
     assert noted["evaluating"] == ConfigParser.load_config_files(files)
     overlay.write_text('{"learning_rate": 0.2}')
-    with pytest.raises(InputError, match=r"folds.json: is of a cross-validation with other configs;"):
+    with pytest.raises(InputError, match=r"folds.json: was made with other configs;"):
         cross_validate(str(dataset), str(tmp_path / "cv"), 3, config_file=str(overlay))
     assert len(runs.commands) == 2
     overlay.write_text('{"learning_rate": 0.1}')
@@ -203,7 +199,7 @@ def test_results_of_something_else_are_left_alone(dataset, runs, tmp_path, there
     path = tmp_path / there
     path.parent.mkdir(exist_ok=True)
     path.write_text("mine")
-    with pytest.raises(InputError, match="is there already and not from a cross-validation"):
+    with pytest.raises(InputError, match="already exists and isn't from a cross-validation"):
         cross_validate(str(dataset), str(tmp_path), 3)
     assert not runs.commands
     assert path.read_text() == "mine"
@@ -218,28 +214,6 @@ def test_gathering_where_there_is_nothing(dataset, runs, tmp_path):
     with pytest.raises(InputError, match="no fold is finished yet"):
         gather_folds(str(tmp_path))
     assert not (tmp_path / "metrics.csv").exists()
-
-
-def assert_gathered(output: Path, printed: str) -> None:
-    """The tables are what NumPy makes of the folds' own files."""
-    folds = json.loads((output / "folds.json").read_text())["folds"]
-    of_folds = {row["subject"]: row for fold in folds for row in read_csv(output / f"fold-{fold}" / "metrics.csv")}
-    rows = read_csv(output / "metrics.csv")
-    assert list(rows[0]) == ["subject", "fold", *NAMES]
-    for row in rows:
-        assert row["subject"] in folds[row.pop("fold")]
-        assert row == of_folds[row["subject"]]
-    assert [row["subject"] for row in rows] == sorted(of_folds, key=int)
-    table = (output / "metrics.md").read_text()
-    assert table in printed
-    for row in rows:
-        percent = [f"{100 * float(row[f'dice_{name}']):.2f}" for name in (*TISSUES, "mean")]
-        assert f"| {' | '.join([row['subject'], *percent])} |" in table.splitlines()
-    for score, scale, title in (("dice", 100, "mean ± std"), ("hd95", 1, "HD95"), ("asd", 1, "ASD")):
-        values = [[scale * float(row[f"{score}_{name}"]) for row in rows] for name in (*TISSUES, "mean")]
-        with np.errstate(invalid="ignore"):
-            cells = [f"{np.mean(v):.2f} ± {np.std(v, ddof=1):.2f}" for v in values]
-        assert f"| {' | '.join([title, *cells])} |" in table.splitlines()
 
 
 def test_gathered_scores(dataset, runs, tmp_path, capsys):

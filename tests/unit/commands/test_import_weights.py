@@ -2,6 +2,7 @@ import os
 import pickle
 import sys
 import types
+from collections import OrderedDict
 from functools import cache, partial
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from helpers import PAPER, ROOT
 
-from scripts.commands.import_weights import import_weights
+from scripts.commands.import_weights import import_weights, name_from_mindspore
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
 from scripts.weights import load_weights
@@ -89,16 +90,13 @@ def test_same_logits_on_our_axes(tmp_path, run, variant):
     assert list(output.parent.iterdir()) == [output]
 
 
-def test_says_which_variant_and_how_the_configs_load_it(tmp_path, run):
+def test_says_which_variant_and_how_the_configs_load_it(tmp_path, run, capsys):
     torch.save(published("paper"), tmp_path / "weights.pth")
     output, printed = run("weights.pth")
     assert f"paper variant, 1,552,256 parameters, in {output}" in printed
     settings = '--network_def#block_config "[4,4,4,4]" --network_def#grouped_upsampling True --network_def#bias True'
     assert f"every config loads it by --ckpt_dir {output.parent} {settings}\n" in printed
     assert "ignored" not in printed and "warning" not in printed
-
-
-def test_compact_needs_no_settings(tmp_path, capsys):
     torch.save(published("compact"), tmp_path / "weights.pth")
     import_weights(str(tmp_path / "weights.pth"), str(tmp_path / "compact.pt"))
     printed = capsys.readouterr().out
@@ -143,26 +141,19 @@ class Malicious:
         return self.call
 
 
-def save_plain_pickle(content, path: Path) -> None:
-    path.write_bytes(pickle.dumps(content))
-
-
-@pytest.mark.parametrize(
-    "save", [torch.save, partial(torch.save, _use_new_zipfile_serialization=False), save_plain_pickle]
-)
+@pytest.mark.parametrize("save", [torch.save, partial(torch.save, _use_new_zipfile_serialization=False), pickle.dump])
 @pytest.mark.parametrize(("function", "name"), [(os.system, "posix.system"), (exec, "exec")])
 def test_pickle_with_code_is_refused_and_not_run(tmp_path, refused, save, function, name):
     touched, path = tmp_path / "touched", tmp_path / "weights.pth"
     code = f"touch {touched}" if function is os.system else f"open({str(touched)!r}, 'w').close()"
-    save({"state_dict": published("compact"), "x": Malicious(function, code)}, path)
+    with path.open("wb") as file:
+        save({"state_dict": published("compact"), "x": Malicious(function, code)}, file)
     could_run_code = f"refers to {name}, so loading it could run code; it wasn't loaded; have it saved again"
-    refused(None, "can't be read as a checkpoint" if save is save_plain_pickle else could_run_code)
+    refused(None, "can't be read as a checkpoint" if save is pickle.dump else could_run_code)
     assert not touched.exists()
     # the file isn't harmless
-    if save is save_plain_pickle:
-        pickle.loads(path.read_bytes())
-    else:
-        torch.load(path, weights_only=False)
+    with path.open("rb") as file:
+        pickle.load(file) if save is pickle.dump else torch.load(file, weights_only=False)
     assert touched.exists()
 
 
@@ -192,14 +183,11 @@ def test_foreign_files_are_refused(refused, content, match):
     refused(content, match)
 
 
-@pytest.mark.parametrize("lost", ["features.conv0.weight", "dense_blocks.3.denselayer4.norm2.running_var"])
-def test_missing_tensor_is_refused(refused, lost):
-    state = published("paper")
-    del state[lost]
-    refused(state, f"another network: 1 of 261 tensors missing, .*the first: {lost}")
-
-
-def test_weights_of_a_diverged_training_are_refused(refused):
+def test_incomplete_or_diverged_weights_are_refused(refused):
+    for lost in ("features.conv0.weight", "dense_blocks.3.denselayer4.norm2.running_var"):
+        state = published("paper")
+        del state[lost]
+        refused(state, f"another network: 1 of 261 tensors missing, .*the first: {lost}")
     state = published("compact")
     state["conv_class.weight"][2, 3] = torch.nan
     refused(state, "conv_class.weight has NaN or infinite values; give another epoch's")
@@ -208,7 +196,7 @@ def test_weights_of_a_diverged_training_are_refused(refused):
 def test_what_is_there_stays(tmp_path):
     torch.save(published("compact"), tmp_path / "weights.pth")
     (tmp_path / "model.pt").write_text("mine")
-    with pytest.raises(InputError, match=r"model.pt: is there already; choose another --output"):
+    with pytest.raises(InputError, match=r"model.pt: already exists; choose another --output"):
         import_weights(str(tmp_path / "weights.pth"), str(tmp_path / "model.pt"))
     assert (tmp_path / "model.pt").read_text() == "mine"
     with pytest.raises(InputError, match=r"none.pth: no such file"):
@@ -301,9 +289,114 @@ def test_incomplete_or_foreign_mindspore_checkpoints_are_refused(stand_in, refus
     stand_in({**arrays, "1.cells_list.0.cells_list.0.bn2d.beta": np.zeros(48)})
     refused(None, "has dense_blocks.1.denselayer1.norm1.bias under two names", "weights.ckpt")
     stand_in({**arrays, "note": np.array(["one", "two"])})
-    refused(None, "note isn't of real numbers, but of <U3; give the published file", "weights.ckpt")
+    refused(None, "note holds <U3, not real numbers; give the published file", "weights.ckpt")
 
 
 def test_without_mindspore(monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "mindspore", None)
-    refused(b"\n\x20 a protocol buffer", "a MindSpore checkpoint, .* pip install mindspore$", "weights.ckpt")
+    refused(
+        b"\n\x20 a protocol buffer", "a MindSpore checkpoint needs MindSpore .* pip install mindspore$", "weights.ckpt"
+    )
+
+
+def mindspore_network(mindspore):
+    """The compact network of MindSpore's own cells, put together in the order that gives the published names."""
+    from mindspore import nn, ops
+
+    def conv(inputs, outputs, size, **options):
+        return nn.Conv3d(inputs, outputs, size, **({"padding": 1, "pad_mode": "pad"} if size == 3 else {}), **options)
+
+    class Layer(nn.Cell):
+        def __init__(self, features):
+            super().__init__()
+            bottleneck = [nn.BatchNorm3d(features), nn.ReLU(), conv(features, 64, 1)]
+            self.cells_list = nn.SequentialCell([*bottleneck, nn.BatchNorm3d(64), nn.ReLU(), conv(64, 16, 3)])
+
+        def construct(self, image):
+            return ops.concat((image, self.cells_list(image)), 1)
+
+    class Block(nn.Cell):
+        def __init__(self, features):
+            super().__init__()
+            self.cells_list = nn.SequentialCell([])
+            for i in range(4):
+                self.cells_list.append(Layer(features + 16 * i))
+
+        def construct(self, image):
+            return self.cells_list(image)
+
+    def named(**cells):
+        return nn.SequentialCell(OrderedDict(cells))
+
+    class Transition(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            halve = {"norm": nn.BatchNorm3d(96), "relu": nn.ReLU(), "conv": conv(96, 48, 1)}
+            pool = {"pool_norm": nn.BatchNorm3d(48), "pool_relu": nn.ReLU(), "pool": conv(48, 48, 2, stride=2)}
+            self.features = named(**halve, **pool)
+
+        def construct(self, image):
+            return self.features(image)
+
+    def upsampling(features, scale):
+        return nn.Conv3dTranspose(features, 4, scale + 2, stride=scale, padding=1, pad_mode="pad")
+
+    class Network(nn.Cell):
+        def __init__(self):
+            super().__init__()
+            first = {"conv0": conv(2, 32, 3), "norm0": nn.BatchNorm3d(32), "relu0": nn.ReLU()}
+            second = {"conv1": conv(32, 32, 3), "norm1": nn.BatchNorm3d(32), "relu1": nn.ReLU()}
+            self.features = named(**first, **second, conv2=conv(32, 32, 3))
+            self.features_bn = named(norm2=nn.BatchNorm3d(32), relu2=nn.ReLU())
+            self.conv_pool_first = conv(32, 32, 2, stride=2)
+            self.dense_blocks, self.transit_blocks, self.upsampling_blocks = (nn.CellList([]) for _ in range(3))
+            self.dense_blocks.append(Block(32))
+            self.upsampling_blocks.append(upsampling(96, 2))
+            self.transit_blocks.append(Transition())
+            self.dense_blocks.append(Block(48))
+            self.upsampling_blocks.append(upsampling(112, 4))
+            self.bn_class = nn.BatchNorm3d(40)
+            self.conv_class = conv(40, 4, 1)
+
+        def construct(self, image):
+            full = self.features(image)
+            half = self.dense_blocks[0](self.conv_pool_first(self.features_bn(full)))
+            quarter = self.dense_blocks[1](self.transit_blocks[0](half))
+            branches = (self.upsampling_blocks[0](half), self.upsampling_blocks[1](quarter), full)
+            return self.conv_class(ops.relu(self.bn_class(ops.concat(branches, 1))))
+
+    network = Network()
+    network.set_train(False)
+    state = published("compact")
+    for parameter in network.get_parameters():
+        parameter.set_data(mindspore.Tensor(state[name_from_mindspore(parameter.name)].numpy()))
+    return network
+
+
+def test_checkpoint_that_mindspore_wrote(tmp_path, run, refused):
+    """Needs mindspore; its own logits are compared where it computes, which mindspore 2.10 does with NumPy 1 only."""
+    mindspore = pytest.importorskip("mindspore")
+    network = mindspore_network(mindspore)
+    assert {parameter.name for parameter in network.get_parameters()} == set(mindspore_arrays("published"))
+    optimiser = mindspore.nn.SGD(params=network.trainable_params(), learning_rate=2e-4)
+    training = mindspore.nn.TrainOneStepCell(mindspore.nn.WithLossCell(network, mindspore.nn.MSELoss()), optimiser)
+    mindspore.save_checkpoint(
+        training, str(tmp_path / "weights.ckpt"), append_dict={"epoch_num": 3, "loss_scale": 256.0}
+    )
+    output, printed = run("weights.ckpt")
+    assert "143 entries ignored" in printed
+    assert_same_logits("compact", output)
+    if int(np.__version__.split(".")[0]) == 1:
+        network.set_train(False)
+        ours = SkipDenseSeg().eval()
+        load_weights(ours, str(output))
+        image = torch.randn(1, 2, 16, 20, 28)
+        with torch.no_grad():
+            logits = ours(image).permute(0, 1, 4, 2, 3)
+        theirs = network(mindspore.Tensor(image.permute(0, 1, 4, 2, 3).contiguous().numpy())).asnumpy()
+        np.testing.assert_allclose(logits.numpy(), theirs, rtol=0, atol=1e-4)
+    output.unlink()
+    output.parent.rmdir()
+    content = (tmp_path / "weights.ckpt").read_bytes()
+    (tmp_path / "weights.ckpt").chmod(0o600)  # MindSpore writes it read-only
+    refused(content[:-1000], "MindSpore can't read it; copy the file again", "weights.ckpt")

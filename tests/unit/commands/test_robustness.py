@@ -2,8 +2,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from scripts.commands.robustness import CONDITIONS, _means, dice, robustness, scan
+from scripts.commands.robustness import CONDITIONS, _summary, robustness, synthetic_scan
 from scripts.errors import InputError
+from scripts.results.metrics import tissue_dice
 from scripts.synthesis.contrast import histogram_overlap
 from scripts.synthesis.label_maps import LabelMap
 
@@ -14,7 +15,7 @@ def brain(brains) -> LabelMap:
 
 
 def images(brain: LabelMap, title: str) -> dict[str, np.ndarray]:
-    scanned = scan(brain, CONDITIONS[title], np.random.default_rng(0))
+    scanned = synthetic_scan(brain, CONDITIONS[title], np.random.default_rng(0))
     return {kind: np.asarray(image.dataobj) for kind, image in scanned.items()}
 
 
@@ -39,7 +40,7 @@ def test_conditions_are_what_they_say(brain):
     assert field.std() > 0.005
     volume = np.count_nonzero(inside)
     for side in (0.8, 1.5):
-        image = scan(brain, CONDITIONS[f"voxels of {side} mm"], np.random.default_rng(0))["label"]
+        image = synthetic_scan(brain, CONDITIONS[f"voxels of {side} mm"], np.random.default_rng(0))["label"]
         assert nib.affines.voxel_sizes(image.affine) == pytest.approx(side)
         assert np.count_nonzero(image.dataobj) * side**3 == pytest.approx(volume, rel=0.03)
     for title in ("nodding", "tilted", "turned"):
@@ -47,22 +48,14 @@ def test_conditions_are_what_they_say(brain):
         assert np.count_nonzero(label) == pytest.approx(volume, rel=0.01)
         margin = [(a - b) // 2 for a, b in zip(label.shape, usual["label"].shape, strict=True)]
         box = tuple(slice(m, m + n) for m, n in zip(margin, usual["label"].shape, strict=True))
-        assert 0.3 < dice(label[box], usual["label"])["mean"] < 0.95
+        assert 0.3 < tissue_dice(label[box], usual["label"])["mean"] < 0.95
 
 
 def test_mean_and_worst_of_two_brains():
     rows = [{"condition": "c", "brain": b, "csf": m, "gm": m, "wm": m, "mean": m} for b, m in (("A", 0.9), ("B", 0.5))]
-    assert _means(rows) == [
+    assert _summary(rows) == [
         {"condition": "c", "CSF": "70.0", "GM": "70.0", "WM": "70.0", "mean": "70.0", "worst": "50.0"}
     ]
-
-
-def test_dice_by_hand():
-    label = np.zeros((4, 4, 4), dtype=np.uint8)
-    label[0], label[1], label[2] = 1, 2, 3
-    found = label.copy()
-    found[0, :2] = 2  # half of CSF taken for GM: 2 * 8 / 24, 2 * 16 / 40
-    assert dice(found, label) == pytest.approx({"csf": 2 / 3, "gm": 0.8, "wm": 1, "mean": (2 / 3 + 1.8) / 3})
 
 
 def test_name_without_label_map(brain, tmp_path):

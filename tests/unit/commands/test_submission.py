@@ -1,5 +1,7 @@
 import hashlib
 import zipfile
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import nibabel as nib
@@ -7,7 +9,6 @@ import numpy as np
 import pytest
 import SimpleITK
 from helpers import save_volume
-from processes import bundle
 
 from scripts.commands.submission import TEST_SUBJECTS, submission
 from scripts.errors import InputError
@@ -68,11 +69,10 @@ def unpacked(tmp_path_factory) -> Path:
     data, predictions = make(directory, SHAPES)
     (predictions / "volumes.csv").write_text("subject\n")
     output = directory / "new" / "submission.zip"
-    arguments = ("--predictions", str(predictions), "--dataset_dir", str(data), "--output", str(output))
-    result = bundle("submission", *arguments, module="scripts")
-    assert result.returncode == 0, result.stderr
-    assert f"13 subjects in {output}" in result.stdout
-    assert "outside" not in result.stdout and "warning" not in result.stdout
+    with redirect_stdout(StringIO()) as printed:
+        submission(str(predictions), str(data), str(output))
+    assert f"13 subjects in {output}" in printed.getvalue()
+    assert "outside" not in printed.getvalue() and "warning" not in printed.getvalue()
     assert list(output.parent.iterdir()) == [output]
     with zipfile.ZipFile(output) as archive:
         names = [f"subject-{subject}-label.{suffix}" for subject in SHAPES for suffix in ("hdr", "img")]
@@ -196,7 +196,7 @@ def test_half_a_pair_and_a_damaged_file_are_refused(small):
 
 def test_existing_file_stays(small):
     (small[0].parent / "submission.zip").write_text("mine")
-    refused(small, r"submission.zip: is there already; choose another --output")
+    refused(small, r"submission.zip: already exists; choose another --output")
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
@@ -211,7 +211,7 @@ def test_t1_in_nifti(small, mirrored):
         save_volume(data / f"subject-11-{kind}.nii", t1[..., None], affine)
     write_label(predictions / "subject-11-label.nii.gz", label, str(data / "subject-11-T1.nii"))
     if mirrored:  # Analyze has no way to say so
-        refused(small, "subject-11-T1.nii: an Analyze header can't say how it lies; put iSeg's own T1")
+        refused(small, "subject-11-T1.nii: an Analyze header can't describe its orientation; use iSeg's own T1")
         return
     with zipfile.ZipFile(pack(data, predictions, subjects=[11])) as archive:
         assert archive.namelist() == ["subject-11-label.hdr", "subject-11-label.img"]

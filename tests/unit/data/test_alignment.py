@@ -2,7 +2,6 @@
 
 import numpy as np
 import pytest
-from helpers import configured, save_subject
 
 from scripts.data.alignment import FEWEST_VOXELS, has_values, not_registered
 from scripts.synthesis.contrast import nominal, patchwork, six_month_subject, varied
@@ -51,16 +50,6 @@ def test_t2_that_tells_nothing(scans):
     t2 = np.where(t1 > 0, 5.0, 0)
     t2[tuple(np.array(t1.shape) // 2)] = 9
     assert not_registered(t1, t2, MILLIMETRE) == WARNING
-
-
-def test_warning_goes_into_the_log_and_the_report(scans, label, tmp_path, capfd):
-    t1, t2 = scans
-    save_subject(tmp_path / "data", "1", {"T1": t1, "T2": at(with_head(t2), 0, 0, 3), "label": label}, labeled=False)
-    configured(tmp_path / "data", tmp_path / "out", "inference.json", subjects=[1], window_size=[64, 64, 64]).run()
-    assert f"subject-1-T2.hdr: {WARNING}" in "".join(capfd.readouterr())
-    report = (tmp_path / "out" / "report.html").read_text()
-    assert "T2 not registered" in report
-    assert WARNING in report
 
 
 def test_voxels_of_another_size(scans):

@@ -1,22 +1,17 @@
-import gc
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT
 from monai.data import CacheDataset, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTransform, ToTensor, Transform
 from processes import two_threads
 
 from scripts.data import datasets
 from scripts.data.datasets import CropSampler, LenientDataLoader, ReadAheadDataLoader, cached_dataset, feeding_processes
-from scripts.errors import InputError, one_line_of
+from scripts.errors import InputError
 
 
 class Reader(Transform):
@@ -71,38 +66,6 @@ def test_all_batches_in_order_and_again():
     assert numbers(ReadAheadDataLoader(Dataset([], Reader()), device="cpu", batch_size=1)) == []
 
 
-def test_processes_that_feed_a_gpu():
-    class Process(Transform):
-        def __call__(self, number):
-            return {"number": number, "process": os.getpid()}
-
-    before = threading.active_count()
-    loader = ReadAheadDataLoader(Dataset(range(6), Process()), device="cuda", batch_size=1, num_workers=2)
-    epochs = [list(loader) for _ in range(2)]
-    assert [[batch["number"].item() for batch in epoch] for epoch in epochs] == [[0, 1, 2, 3, 4, 5]] * 2
-    processes = [{batch["process"].item() for batch in epoch} for epoch in epochs]
-    assert processes[0] == processes[1]
-    assert len(processes[0] - {os.getpid()}) == 2
-    began = time.monotonic()
-    del loader
-    gc.collect()
-    # waiting for each in vain takes 5 seconds
-    assert time.monotonic() - began < 4
-    assert threading.active_count() <= before
-
-
-def test_processes_that_are_killed_are_told_of():
-    class Dying(Transform):
-        def __call__(self, number):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    loader = ReadAheadDataLoader(Dataset([1], Dying()), device="cuda", batch_size=1, num_workers=1)
-    with pytest.raises(RuntimeError) as caught:
-        list(loader)
-    assert "ended (DataLoader worker" in one_line_of(caught.value)
-    assert "--train#dataloader#num_workers 0" in one_line_of(caught.value)
-
-
 def test_bad_subjects_are_passed_over_only_without_processes():
     with pytest.raises(InputError, match="--dataloader#num_workers 2: must be 0"):
         LenientDataLoader(Dataset([1], Reader()), device="cpu", num_workers=2)
@@ -148,18 +111,6 @@ def test_subjects_beyond_half_the_memory_are_kept_on_disk(tmp_path, monkeypatch,
 
 def test_no_subjects_no_measuring(tmp_path):
     assert len(cached_dataset([], Compose([ToTensor()]), str(tmp_path / "cache"))) == 0
-
-
-def test_cache_on_disk_ends_with_the_process(tmp_path):
-    code = (
-        "from monai.transforms import Compose, ToTensor; from scripts.data.datasets import cached_dataset;"
-        "import pathlib;"
-        f"d = cached_dataset([1.0, 2.0], Compose([ToTensor()]), '{tmp_path}', in_memory=False);"
-        f"print(d[0].item(), d[1].item(), len(list(pathlib.Path('{tmp_path}').glob('.cache-*/*.pt'))))"
-    )
-    result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.stdout == "1.0 2.0 2\n", result.stderr
-    assert not list(tmp_path.iterdir())
 
 
 def test_cache_of_a_killed_process_goes_with_the_next_and_those_of_the_living_stay(tmp_path):

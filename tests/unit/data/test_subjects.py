@@ -4,13 +4,8 @@ import pytest
 from helpers import touch
 
 from scripts.data.subjects import (
-    bad_subjects,
-    find_subjects,
+    Dataset,
     require_apart,
-    require_subjects,
-    subjects_to_segment,
-    training_subjects,
-    validation_subjects,
 )
 from scripts.errors import InputError
 
@@ -27,7 +22,7 @@ def test_both_namings_and_all_suffixes_in_one_folder(tmp_path):
     touch(tmp_path, *analyze("subject-10-T1"), "subject-10-T2.nii", "subject-10-label.nii.gz")
     touch(tmp_path, "subject-9-t1.nii.gz", *analyze("subject-9-t2"), *analyze("subject-9-label"))
     touch(tmp_path, "iSeg-2019-Validation/subject-40-T1.nii", "iSeg-2019-Validation/subject-40-T2.nii", "notes.txt")
-    assert find_subjects(str(tmp_path)) == [
+    assert Dataset(str(tmp_path)).require_good() == [
         {
             "subject": "9",
             "image": [str(tmp_path / "subject-9-t1.nii.gz"), str(tmp_path / "subject-9-t2.hdr")],
@@ -49,27 +44,27 @@ def test_hdf5_files_beside_images_of_others(tmp_path):
     names = [f"data_{part}_no_cut/train_iseg_nocut_{subject}.h5" for part, subject in (("train", 10), ("val", 9))]
     touch(tmp_path, *names, "subject-2-T1.nii", "subject-2-T2.nii", "other.h5", "._train_iseg_nocut_3.h5")
     ten, nine = (str(tmp_path / name) for name in names)
-    assert find_subjects(str(tmp_path))[1:] == [
+    assert Dataset(str(tmp_path)).require_good()[1:] == [
         {"subject": "9", "image": [nine, nine], "label": nine},
         {"subject": "10", "image": [ten, ten], "label": ten},
     ]
-    assert ids(training_subjects(str(tmp_path), [9])) == ["10"]
-    assert ids(validation_subjects(str(tmp_path), [9])) == ["9"]
-    assert ids(subjects_to_segment(str(tmp_path), None)) == ["2"]
+    assert ids(Dataset(str(tmp_path)).training([9])) == ["10"]
+    assert ids(Dataset(str(tmp_path)).validation([9])) == ["9"]
+    assert ids(Dataset(str(tmp_path)).to_segment(None)) == ["2"]
     with pytest.raises(InputError, match=r"nocut_9.h5: lacks the scan .* give its T1 and T2 images"):
-        subjects_to_segment(str(tmp_path), [2, 9])
+        Dataset(str(tmp_path)).to_segment([2, 9])
 
 
 def test_leftovers_of_a_mac_are_passed_over(tmp_path):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     touch(tmp_path, "__MACOSX/subject-2-T1.hdr", "._subject-1-T1.hdr", ".hidden/subject-3-T1.nii")
     touch(tmp_path, "__MACOSX/iSeg/._subject-1-label.hdr")
-    assert ids(find_subjects(str(tmp_path))) == ["1"]
+    assert ids(Dataset(str(tmp_path)).require_good()) == ["1"]
 
 
 def test_folder_that_is_itself_hidden(tmp_path):
     touch(tmp_path / ".cache", "subject-1-T1.nii", "subject-1-T2.nii")
-    assert ids(find_subjects(str(tmp_path / ".cache"))) == ["1"]
+    assert ids(Dataset(str(tmp_path / ".cache")).require_good()) == ["1"]
 
 
 def test_split(tmp_path):
@@ -77,18 +72,18 @@ def test_split(tmp_path):
         touch(tmp_path, *(f"subject-{subject}-{kind}.nii" for kind in ("T1", "T2", "label")))
     touch(tmp_path, "subject-11-T1.nii", "subject-11-T2.nii")
     root = str(tmp_path)
-    assert ids(training_subjects(root, [9])) == ["1", "2", "10"]
-    assert ids(validation_subjects(root, [9, "1"])) == ["9", "1"]
-    assert ids(validation_subjects(root, 9)) == ["9"]
-    assert ids(training_subjects(root, "9")) == ["1", "2", "10"]
-    assert ids(subjects_to_segment(root, None)) == ["11"]
-    assert all("label" not in subject for subject in subjects_to_segment(root, [2]))
-    assert ids(subjects_to_segment(root, [11, 2])) == ["11", "2"]
+    assert ids(Dataset(root).training([9])) == ["1", "2", "10"]
+    assert ids(Dataset(root).validation([9, "1"])) == ["9", "1"]
+    assert ids(Dataset(root).validation(9)) == ["9"]
+    assert ids(Dataset(root).training("9")) == ["1", "2", "10"]
+    assert ids(Dataset(root).to_segment(None)) == ["11"]
+    assert all("label" not in subject for subject in Dataset(root).to_segment([2]))
+    assert ids(Dataset(root).to_segment([11, 2])) == ["11", "2"]
 
 
 def test_absent_folder_has_no_subjects(tmp_path):
     absent = str(tmp_path / "absent")
-    assert training_subjects(absent, [9]) == validation_subjects(absent, [9]) == subjects_to_segment(absent, [1]) == []
+    assert Dataset(absent).training([9]) == Dataset(absent).validation([9]) == Dataset(absent).to_segment([1]) == []
 
 
 @pytest.mark.parametrize(
@@ -114,7 +109,7 @@ def test_absent_folder_has_no_subjects(tmp_path):
 )
 def test_incomplete_or_ambiguous_subjects_are_refused(tmp_path, names, message):
     with pytest.raises(InputError, match=message):
-        find_subjects(str(touch(tmp_path, *names)))
+        Dataset(str(touch(tmp_path, *names))).require_good()
 
 
 def test_folders_behind_links_are_entered_once(tmp_path):
@@ -124,7 +119,7 @@ def test_folders_behind_links_are_entered_once(tmp_path):
     links = {"one": "elsewhere", "two": "elsewhere", "itself": "data", "up": "", "results": "data/derivatives"}
     for link, target in links.items():
         (data / link).symlink_to(tmp_path / target)
-    assert ids(find_subjects(str(data))) == ["1", "2"]
+    assert ids(Dataset(str(data)).require_good()) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -141,8 +136,8 @@ def test_folders_behind_links_are_entered_once(tmp_path):
 def test_a_folder_for_each_kind(tmp_path, folders):
     names = ("subject-1-T1.nii", "subject-1-T2.nii", "subject-1-label.nii")
     touch(tmp_path, *(f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)))
-    assert ids(training_subjects(str(tmp_path), [])) == ["1"]
-    assert ids(training_subjects(tmp_path, [])) == ["1"]
+    assert ids(Dataset(str(tmp_path)).training([])) == ["1"]
+    assert ids(Dataset(tmp_path).training([])) == ["1"]
 
 
 def test_folder_that_can_not_be_read(open_folder, as_nobody):
@@ -152,20 +147,20 @@ def test_folder_that_can_not_be_read(open_folder, as_nobody):
     told = f"{open_folder}/more: can't be read (Permission denied); allow it, or take the folder away"
     with as_nobody():
         with pytest.raises(InputError, match=re.escape(told)):
-            find_subjects(str(open_folder))
-        assert ids(subjects_to_segment(str(open_folder), None, stop_at_bad_subject=False)) == ["1"]
-        assert bad_subjects(str(open_folder), None) == [told]
-        assert bad_subjects(str(open_folder), [1]) == []
+            Dataset(str(open_folder)).require_good()
+        assert ids(Dataset(str(open_folder)).to_segment(None, stop_at_bad_subject=False)) == ["1"]
+        assert Dataset(str(open_folder)).reasons_bad(None) == [told]
+        assert Dataset(str(open_folder)).reasons_bad([1]) == []
 
 
 def test_ids_that_are_not_there(tmp_path):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     with pytest.raises(InputError, match="val_subjects names subject 9, which isn't there; choose from 1"):
-        validation_subjects(str(tmp_path), [9])
+        Dataset(str(tmp_path)).validation([9])
     with pytest.raises(InputError, match="val_subjects names subject 1, which has no label"):
-        validation_subjects(str(tmp_path), [1])
+        Dataset(str(tmp_path)).validation([1])
     with pytest.raises(InputError, match="subjects names subject 2"):
-        subjects_to_segment(str(tmp_path), [2])
+        Dataset(str(tmp_path)).to_segment([2])
 
 
 def test_output_among_the_subjects(tmp_path):
@@ -200,9 +195,9 @@ def test_output_among_the_subjects_by_url(tmp_path):
 
 def test_nothing_to_work_on(tmp_path):
     with pytest.raises(InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.hdr/\.img, \.nii"):
-        require_subjects([], str(tmp_path), "train")
+        Dataset(str(tmp_path)).require([], "train")
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     with pytest.raises(InputError, match="no subject left to train among 1, 0 of them labelled"):
-        require_subjects([], str(tmp_path), "train")
+        Dataset(str(tmp_path)).require([], "train")
     with pytest.raises(InputError, match="val_subjects names none"):
-        require_subjects([], str(tmp_path), "validate")
+        Dataset(str(tmp_path)).require([], "validate")

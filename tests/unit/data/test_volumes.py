@@ -25,24 +25,6 @@ def test_every_format_gives_the_values_and_the_grid_on_disk(tmp_path, suffix):
     np.testing.assert_array_equal(affine, np.diag([-1, 1, 1, 1]))
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_values_that_are_no_numbers(tmp_path, bad):
-    values = VALUES.astype(np.float32)
-    values[1, 2, 3] = bad
-    save_volume(tmp_path / "volume.nii", values)
-    with pytest.raises(InputError, match=r"volume.nii: has NaN or infinite values"):
-        read_volume(str(tmp_path / "volume.nii"))
-
-
-@pytest.mark.parametrize("name", ["volume.img", "volume.nii", "volume.nii.gz"])
-def test_truncated_file(tmp_path, name):
-    path = tmp_path / name
-    save_volume(path.with_suffix(".hdr") if name.endswith(".img") else path, VALUES)
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(InputError, match=r"volume\S*: can't be read \(.*\); copy or convert the file again"):
-        read_volume(str(path.with_suffix(".hdr") if name.endswith(".img") else path))
-
-
 def test_file_that_goes_on_long_after_its_values(tmp_path):
     save_volume(path := tmp_path / "a.nii.gz", VALUES)
     whole = path.read_bytes()
@@ -58,16 +40,11 @@ def test_lack_of_memory_is_no_fault_of_the_file(tmp_path, monkeypatch, read):
     def fail(*_: object, **__: object) -> None:
         raise MemoryError("Unable to allocate")
 
+    (tmp_path / "scan").touch()
     for name in ("nibabel.load", "h5py.File", "torch.load"):
         monkeypatch.setattr(name, fail)
     with pytest.raises(MemoryError):
         read(str(tmp_path / "scan"))
-
-
-def test_volume_with_a_real_fourth_dimension(tmp_path):
-    save_volume(tmp_path / "volume.nii", np.zeros((4, 4, 4, 2), np.int16))
-    with pytest.raises(InputError, match=r"shape \(4, 4, 4, 2\) isn't a 3-D volume"):
-        read_volume(str(tmp_path / "volume.nii"))
 
 
 @pytest.mark.parametrize(

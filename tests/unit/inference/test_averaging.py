@@ -20,7 +20,7 @@ def checkpoints(tmp_path):
     for fold in (1, 2):
         torch.manual_seed(fold)
         network = SkipDenseSeg()
-        network(torch.randn(2, 2, 32, 32, 32))
+        network(torch.randn(2, 2, 16, 16, 16))
         (tmp_path / f"fold-{fold}").mkdir()
         torch.save(network.state_dict(), tmp_path / f"fold-{fold}" / "model.pt")
         networks.append(network.eval())

@@ -5,10 +5,10 @@ import logging
 import sys
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
+from exports import convolution, save_all, save_onnx, save_torchscript
 from helpers import ROOT
 from ignite.engine import Engine
 from monai.bundle import ConfigParser
@@ -27,38 +27,9 @@ CPU = torch.device("cpu")
 FP32 = MixedPrecisionInferer(SimpleInferer(), "fp32")
 
 
-def convolution(inputs=2, classes=4):
-    torch.manual_seed(0)
-    return torch.nn.Conv3d(inputs, classes, 3, padding=1).eval()
-
-
-def save_onnx(path, inputs=2, classes=4, size=("x", "y", "z")):
-    """That convolution as the smallest ONNX file."""
-    weight, bias = (p.detach().numpy() for p in convolution(inputs, classes).parameters())
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        [onnx.helper.make_node("Conv", ["image", "weight", "bias"], ["pred"], pads=[1] * 6)],
-        "convolution",
-        [value("image", onnx.TensorProto.FLOAT, ["batch", inputs, *size])],
-        [value("pred", onnx.TensorProto.FLOAT, ["batch", classes, *size])],
-        [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(bias, "bias")],
-    )
-    opset = onnx.helper.make_opsetid("", 20)
-    onnx.save(onnx.helper.make_model(graph, opset_imports=[opset], ir_version=10), path)
-
-
-def save_torchscript(path, network):
-    torch.jit.script(network).save(path)
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory, network):
-    """One network as a checkpoint and as TorchScript, and a convolution as ONNX."""
-    directory = tmp_path_factory.mktemp("models")
-    torch.save(network.state_dict(), directory / "model.pt")
-    save_torchscript(directory / "model.ts", network)
-    save_onnx(directory / "model.onnx")
-    return directory
+    return save_all(tmp_path_factory.mktemp("models"), network)
 
 
 @pytest.mark.parametrize("kind", ["ts", "onnx"])

@@ -3,7 +3,7 @@ import torch
 from monai.inferers import SimpleInferer
 
 from scripts.errors import InputError
-from scripts.inference.precision import MixedPrecisionInferer, folded, needs_loss_scaling, network_precision
+from scripts.inference.precision import MixedPrecisionInferer, fuse_batch_norms, needs_loss_scaling, network_precision
 
 # elsewhere bfloat16 is computed by slow emulation, which nobody is given unasked
 BF16_IN_HARDWARE = pytest.mark.skipif(
@@ -77,7 +77,7 @@ def test_bf16_gives_almost_the_same_labels(network):
     assert (labels[0] == labels[1]).float().mean() > 0.95
 
 
-def test_batch_norms_behind_convolutions_are_folded_into_them(network):
+def test_batch_norms_behind_convolutions_are_fused_into_them(network):
     def norms(module):
         return sum(isinstance(m, torch.nn.BatchNorm3d) for m in module.modules())
 
@@ -87,9 +87,9 @@ def test_batch_norms_behind_convolutions_are_folded_into_them(network):
     before = features(network)
     image = torch.randn(1, 2, 32, 32, 32)
     with torch.no_grad():
-        torch.testing.assert_close(folded(network)(image), network(image), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(fuse_batch_norms(network)(image), network(image), rtol=1e-4, atol=1e-4)
     # two of the stem, one of each of eight dense layers, one of the transition
-    assert norms(folded(network)) == norms(network) - 11
+    assert norms(fuse_batch_norms(network)) == norms(network) - 11
     torch.testing.assert_close(features(network), before)
 
 
@@ -102,7 +102,7 @@ def test_folding_of_a_batch_norm_that_is_off():
         network[1].bias.copy_(torch.tensor([0.0, 0.3, 1e-45]))
         network[0].bias.zero_()
         image = torch.randn(1, 2, 8, 8, 8)
-        torch.testing.assert_close(folded(network)(image), network(image), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(fuse_batch_norms(network)(image), network(image), rtol=1e-5, atol=1e-5)
 
 
 def test_gradients_are_those_of_the_network_itself(network):

@@ -6,33 +6,19 @@ import io
 import json
 import os
 import re
-from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from helpers import ROOT, segmented_subject
-from ignite.engine import Engine, Events
 from PIL import Image
+from reports import HOSTILE, PROVENANCE, WEIGHTS, report_of, scores_of
 
 from scripts.network import SkipDenseSeg
 from scripts.report import page as report_page
-from scripts.report.page import MOST_VIEWERS, ReportSaver, SubjectReport, render, report_subject
-from scripts.results.provenance import ProvenanceSaver
+from scripts.report.page import MOST_VIEWERS, SubjectReport, render, report_subject
 from scripts.results.tables import write_csv
-from scripts.weights import load_weights
-
-WEIGHTS = ROOT / "models" / "model.pt"
-HOSTILE = """<script>alert('1')</script>"><img src=x onerror=alert(2)>&amp;$\\frac{ 日本"""
-PROVENANCE = {"date": "today", "command": "python -m monai.bundle run", "checkpoint model.pt": "SHA-256 abc"}
-
-
-def scores_of(number: float) -> dict[str, str]:
-    """A row of the table of scores."""
-    names = [f"{score}_{name}" for score in ("dice", "hd95", "hd_max", "asd") for name in ("csf", "gm", "wm", "mean")]
-    return {name: str(number + place / 100) for place, name in enumerate(names)}
 
 
 def test_a_well_segmented_phantom_gets_warnings_for_its_size_only(brains):
@@ -130,37 +116,6 @@ def test_page_has_curves_if_there_is_a_log():
     history = {"train_loss": {1: 0.9, 2: 0.5}}
     assert 'alt="Training"' in render([reported("1")], PROVENANCE, {}, history)
     assert 'alt="Training"' not in render([reported("1")], PROVENANCE, {}, {})
-
-
-@cache
-def included_network() -> SkipDenseSeg:
-    network = SkipDenseSeg()
-    load_weights(network, str(WEIGHTS))
-    return network
-
-
-def report_of(
-    items: list[Any],
-    output: Path,
-    scored: bool = False,
-    network: SkipDenseSeg | None = None,
-    **settings: Any,
-) -> str:
-    """The page that the handler writes for an engine with these subjects."""
-    engine = Engine(lambda engine, batch: None)
-    engine.state.device = torch.device("cpu")
-    engine.network = network or included_network()
-
-    @engine.on(Events.ITERATION_COMPLETED)
-    def hand_over() -> None:
-        item = items[engine.state.iteration - 1]
-        engine.state.batch, engine.state.output = [item], [{}]
-
-    settings = {"checkpoints": str(WEIGHTS), "precision": "fp32", "dataset_dir": "the/data"} | settings
-    ReportSaver(str(output), str(output / "metrics.csv") if scored else None).attach(engine)
-    ProvenanceSaver(str(output), "inference", settings).attach(engine)
-    engine.run(range(len(items)))
-    return (output / "report.html").read_text(encoding="utf-8")
 
 
 def test_handler_replaces_an_earlier_report_and_prints_its_path(brains, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""Learning curves: those of the last training, whole."""
+"""Learning curves: all of the last training."""
 
 import io
 
@@ -8,7 +8,7 @@ from scripts.report import plots
 from scripts.report.plots import training_history
 
 
-def test_history_of_a_training_that_was_gone_on_with_and_of_one_that_began_anew(tmp_path):
+def test_history_of_a_resumed_training_and_of_a_new_one(tmp_path):
     assert training_history(tmp_path) == {}
     write_log(tmp_path, range(1, 5), 1)
     write_log(tmp_path, range(3, 7), 2)  # stopped within epoch 3
@@ -20,8 +20,8 @@ def test_history_of_a_training_that_was_gone_on_with_and_of_one_that_began_anew(
     assert training_history(tmp_path)["train_loss"] == {1: 3, 2: 3}
 
 
-def test_history_of_a_training_that_validated_what_it_went_on_with(tmp_path):
-    """Such a validation counts as epoch 1; of a training that was stopped at once it is all there is."""
+def test_history_of_a_training_that_validates_what_it_resumes(tmp_path):
+    """This validation counts as epoch 1; a training that is stopped at once has nothing else."""
     write_log(tmp_path, range(1, 5), 1)
     write_log(tmp_path, range(5, 7), 2, validated_first=True)
     write_log(tmp_path, range(0), 3, validated_first=True)
@@ -30,7 +30,7 @@ def test_history_of_a_training_that_validated_what_it_went_on_with(tmp_path):
     assert history["val_mean_dice"] == {4: 0.5, 6: 0.5}
 
 
-def test_curves_are_drawn_where_there_is_a_log():
+def test_curves_show_the_log():
     history = {"train_loss": {1: 0.9, 2: 0.5}, **{tag: {2: 0.8} for tag in plots.VALIDATION_DICE}}
     loss, dice = plots.learning_curves(history).axes
     assert loss.lines[0].get_xydata().tolist() == [[1, 0.9], [2, 0.5]]
@@ -38,7 +38,7 @@ def test_curves_are_drawn_where_there_is_a_log():
     assert dice.lines[0].get_xydata().tolist() == [[2, 80]]
 
 
-def test_loss_of_a_single_epoch_is_seen():
+def test_loss_of_a_single_epoch_is_visible():
     figure = plots.learning_curves({"train_loss": {1: 0.9}})
     figure.savefig(drawn := io.BytesIO(), format="png")
     figure.axes[0].lines[0].set_visible(False)

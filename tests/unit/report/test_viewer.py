@@ -1,4 +1,4 @@
-"""The pictures of the report show what is there, where it is."""
+"""The pictures of the report: right values at the right position."""
 
 import io
 
@@ -71,7 +71,7 @@ def test_voxels_that_are_not_cubes_are_shown_in_true_proportion():
     assert max(pictures.shape) <= LONGEST_SIDE + 2
 
 
-def test_a_brain_of_which_the_coarser_grid_hits_no_voxel_is_shown():
+def test_a_brain_with_no_voxel_on_the_coarser_grid_is_shown():
     t1 = np.zeros((9, 9, 9), np.float32)
     t1[[0, -1], [0, -1], [0, -1]] = 7
     small = torch.diag(torch.tensor([1 / 3, 1 / 3, 1 / 3, 1], dtype=torch.float64))
@@ -79,7 +79,7 @@ def test_a_brain_of_which_the_coarser_grid_hits_no_voxel_is_shown():
     assert draw_pictures(scan, scan, prediction).shape == (5, 5, 5)
 
 
-def test_static_picture_has_a_row_for_each_thing_that_is_there(brains):
+def test_static_picture_has_a_row_for_each_layer(brains):
     plain, whole = (
         draw_pictures(*(item.get(name) for name in ("t1", "t2", "pred", "label", "uncertainty")))
         for item in (segmented_subject(brains[0]), segmented_subject(brains[0], labeled=True, uncertain=True))

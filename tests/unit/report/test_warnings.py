@@ -1,4 +1,4 @@
-"""Warnings: each is given beyond its threshold and not at it."""
+"""Warnings: each appears beyond its threshold, not at it."""
 
 import numpy as np
 import pytest
@@ -90,7 +90,7 @@ def test_warning_of_asymmetry(width):
     assert left_right_asymmetry(np.zeros((4, 4, 4), np.uint8)) is None
 
 
-def test_warning_of_voxels_that_were_not_trained_on():
+def test_warning_of_voxels_unlike_those_of_the_training():
     for usual in (0.85, 1.0, 1.15):
         assert other_voxel_size(np.array([1, usual, 1])) is None
     assert other_voxel_size(np.array([1, 0.8, 1])) == "voxels of 1 x 0.8 x 1 mm: labels are less accurate than at 1 mm"

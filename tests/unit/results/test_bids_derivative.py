@@ -2,16 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, bids_errors, bids_folder, save_bids
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
@@ -31,30 +28,6 @@ from scripts.tissues import Tissue
 
 STEMS = ("sub-01", "sub-02_ses-a_run-1", "sub-02_ses-a_run-2", "sub-02_ses-b_acq-mprage")
 NAME = json.loads((ROOT / "configs" / "metadata.json").read_text())["name"]
-
-
-def folder(stem: str) -> str:
-    return "/".join([*(part for part in stem.split("_") if part.startswith(("sub-", "ses-"))), "anat"])
-
-
-def save_bids(dataset: Path, stem: str, brain: dict[str, np.ndarray], **more: Any) -> None:
-    """Write T1w and T2w, and a dataset description if there is none."""
-    path = dataset / folder(stem)
-    path.mkdir(parents=True, exist_ok=True)
-    for kind in ("T1", "T2"):
-        image = nib.Nifti1Image(brain[kind], np.diag([-1.0, 1, 1, 1]))
-        image.header.set_xyzt_units("mm")
-        nib.save(image, path / f"{stem}_{kind}w.nii.gz")
-    description = {"Name": "Small brains", "BIDSVersion": "1.11.1", **more}
-    (dataset / "dataset_description.json").write_text(json.dumps(description))
-
-
-def errors(dataset: Path) -> set[tuple[str, str]]:
-    """Kind and place of what the validator finds wrong."""
-    command = [str(Path(sys.executable).with_name("bids-validator-deno")), str(dataset), "--format", "json"]
-    result = subprocess.run(command, capture_output=True, text=True)
-    issues = json.loads(result.stdout)["issues"]["issues"]
-    return {(issue["code"], issue["location"]) for issue in issues if issue["severity"] == "error"}
 
 
 class PictureStub(BackgroundWriter):
@@ -118,16 +91,16 @@ def test_scans_and_results_are_valid(data, capsys):
     (data / "sub-03" / "anat").mkdir(parents=True)
     shutil.copy(data / "sub-01" / "anat" / "sub-01_T1w.nii.gz", data / "sub-03" / "anat" / "sub-03_T1w.nii.gz")
     segment(data, output)
-    assert errors(data) == errors(output) == set()
+    assert bids_errors(data) == bids_errors(output) == set()
     assert "not segmented: sub-03 has no T2w" in capsys.readouterr().out
     for stem in STEMS:
         names = [f"{stem}_{ending}" for ending in (
             "desc-skipdenseseg_dseg", "label-CSF_desc-skipdenseseg_probseg", "label-GM_desc-skipdenseseg_probseg",
             "label-WM_desc-skipdenseseg_probseg", "desc-skipdenseseg_uncertainty",
         )]  # fmt: skip
-        written = {path.name for path in (output / folder(stem)).iterdir() if path.name.startswith(f"{stem}_")}
+        written = {path.name for path in (output / bids_folder(stem)).iterdir() if path.name.startswith(f"{stem}_")}
         assert written == {f"{name}{suffix}" for name in names for suffix in (".nii.gz", ".json")}
-    sidecar = json.loads((output / folder(STEMS[1]) / f"{STEMS[1]}_desc-skipdenseseg_dseg.json").read_text())
+    sidecar = json.loads((output / bids_folder(STEMS[1]) / f"{STEMS[1]}_desc-skipdenseseg_dseg.json").read_text())
     sources = [f"bids:source:sub-02/ses-a/anat/{STEMS[1]}_{kind}.nii.gz" for kind in ("T1w", "T2w")]
     assert (sidecar["Sources"], sidecar["SpatialReference"], sidecar["Manual"]) == (sources, sources[0], False)
     description = json.loads((output / "dataset_description.json").read_text())
@@ -144,10 +117,10 @@ def test_the_validator_complains(data):
     output = data.parent / "output"
     segment(data, output, ["sub-01"])
     (data / "sub-01" / "anat" / "sub-01_T1w.nii.gz").rename(data / "sub-01" / "anat" / "sub-01_scan.nii.gz")
-    assert {place for _, place in errors(data)} == {"/sub-01/anat/sub-01_scan.nii.gz"}
+    assert {place for _, place in bids_errors(data)} == {"/sub-01/anat/sub-01_scan.nii.gz"}
     (output / ".bidsignore").unlink()
     shutil.move(output / "desc-skipdenseseg_dseg.tsv", output / "labels.tsv")
-    places = {place for _, place in errors(output)}
+    places = {place for _, place in bids_errors(output)}
     assert {"/labels.tsv", "/volumes.tsv", "/sub-01/figures/"} <= places
 
 
@@ -235,7 +208,7 @@ def test_odd_description_of_the_scans_is_passed_over(data, tmp_path, text):
     segment(data, tmp_path / "output", "01")
     description = json.loads((tmp_path / "output" / path.name).read_text())
     assert description["SourceDatasets"] == [{"URL": data.as_uri()}]
-    assert errors(tmp_path / "output") == set()
+    assert bids_errors(tmp_path / "output") == set()
 
 
 def test_suffixes(data, tmp_path):
@@ -244,7 +217,7 @@ def test_suffixes(data, tmp_path):
     segment(data, tmp_path / "output", "01", suffix=".nii")
     assert (tmp_path / "output" / "sub-01" / "anat" / "sub-01_desc-skipdenseseg_dseg.nii").exists()
     assert (tmp_path / "output" / "sub-01" / "anat" / "sub-01_desc-skipdenseseg_dseg.json").exists()
-    assert errors(tmp_path / "output") == set()
+    assert bids_errors(tmp_path / "output") == set()
 
 
 def test_subjects_of_the_other_layout_get_no_bids_files(tmp_path):

@@ -59,14 +59,16 @@ def test_only_dropout_is_as_in_training(network):
     assert all(isinstance(module, nn.Dropout) for module in training)
 
 
-@pytest.mark.parametrize(
-    "without",
-    [nn.Conv3d(2, 4, 1), SkipDenseSeg(dropout_prob=0), lambda image: image],
-    ids=["layer", "rate 0", "function"],
-)
+@pytest.mark.parametrize("without", [nn.Conv3d(2, 4, 1), lambda image: image], ids=["layer", "function"])
 def test_network_without_dropout(without, image):
     with pytest.raises(InputError, match="--uncertainty dropout: this network has no dropout; use flips"):
         AveragingInferer(FP32, "given.pt", uncertainty="dropout")(image, without)
+
+
+@pytest.mark.parametrize(("trained_with", "sampled_with"), [(0.0, 0.2), (0.1, 0.1)])
+def test_network_trained_without_dropout_gets_that_of_the_paper(trained_with, sampled_with):
+    network = with_dropout(SkipDenseSeg(dropout_prob=trained_with))
+    assert {module.p for module in network.modules() if isinstance(module, nn.Dropout)} == {sampled_with}
 
 
 @pytest.mark.parametrize("members", [1, 2])

@@ -28,7 +28,7 @@ def test_what_an_object_was_made_with_is_the_same_before_and_after_it_is_used():
     before = made_with(steps)
     affine = torch.diag(torch.tensor([-1.0, 1.3, 1, 1]))
     values = torch.rand(2, 40, 41, 42)
-    Compose(steps[2:])({"image": MetaTensor(values, affine), "label": MetaTensor(values[:1].round(), affine)})
+    Compose(steps[1:])({"image": MetaTensor(values, affine), "label": MetaTensor(values[:1].round(), affine)})
     assert made_with(steps) == before
 
 
@@ -39,11 +39,11 @@ def test_object_that_leads_back_to_itself_is_told():
     assert made_with([outer, len]) == [{"kind": "SimpleNamespace", "side": 3, "inner": expected}, "len"]
 
 
-def test_processes_that_would_go_on_from_different_epochs_are_refused(monkeypatch, tmp_path):
+def test_processes_that_would_resume_from_different_epochs_are_refused(monkeypatch, tmp_path):
     monkeypatch.setattr("scripts.training.resume.gathered", lambda items: [*items, 3])
     engine = Engine(lambda engine, batch: None)
     training = ResumableTraining(
         str(tmp_path / "last.pt"), True, 0, {}, str(tmp_path / "model.pt"), engine, torch.nn.Linear(1, 1)
     )
     with pytest.raises(InputError, match=r"last.pt: isn't the same for all processes, .* after epochs \[0, 3\]"):
-        training.go_on(engine)
+        training.resume_training(engine)
