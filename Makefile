@@ -1,14 +1,17 @@
-# Needs Python 3.11 with venv (on Debian: python3.11 and python3.11-venv) and make; installs all else into .venv
-PYTHON ?= python3.11
+# Needs make and Python 3.10 to 3.13 with venv (on Debian: python3 and python3-venv); installs all else into .venv.
+# PYTHON names the Python to use; otherwise the first one that fits is used
+PYTHON ?=
+FIND_PYTHON := sh tools/find_python.sh
 VENV := .venv
 PY := $(VENV)/bin/python
 RUN := $(PY) -m monai.bundle run
+STEP := @sh tools/step.sh
 
 .PHONY: demo bench test test-unit test-slow test-gpu test-monailabel test-all lint weights package
 
 # phantom subjects, a training of some minutes, a table, a segmentation and pictures, all in demo/; what is there is kept
 demo: demo/.segmented
-	@cat demo/metrics.md
+	@echo && cat demo/metrics.md
 	@echo "network:      demo/model.pt"
 	@echo "scores:       demo/metrics.csv, drawn in demo/subject-6-scored.png"
 	@echo "segmentation: demo/segmentation/subject-7-label.nii.gz, drawn in demo/segmentation/subject-7-label.png"
@@ -16,19 +19,23 @@ demo: demo/.segmented
 	@echo "reports:      demo/report.html and demo/segmentation/report.html, to be opened in a browser"
 
 demo/.phantom: | $(VENV)/.installed
-	$(PY) -m scripts phantom --output_dir data/phantom --subjects 6 --unlabeled 1 --seed 0
-	@mkdir -p demo && touch $@
+	$(STEP) "1/4 make seven synthetic subjects (phantoms) in data/phantom" demo/log/phantom.txt \
+		$(PY) -m scripts phantom --output_dir data/phantom --subjects 6 --unlabeled 1 --seed 0
+	@touch $@
 
 demo/.trained: demo/.phantom
-	$(RUN) training --config_file "['configs/train.json','configs/demo.json']"
+	$(STEP) "2/4 train a network on five of them, about 4 minutes on 2 cores" demo/log/training.txt \
+		$(RUN) training --config_file "['configs/train.json','configs/demo.json']"
 	@touch $@
 
 demo/.evaluated: demo/.trained
-	$(RUN) evaluating --config_file "['configs/train.json','configs/evaluate.json','configs/demo.json']"
+	$(STEP) "3/4 score it on subject 6, which it didn't train on" demo/log/evaluating.txt \
+		$(RUN) evaluating --config_file "['configs/train.json','configs/evaluate.json','configs/demo.json']"
 	@touch $@
 
 demo/.segmented: demo/.evaluated
-	$(RUN) --config_file configs/inference.json --ckpt_dir demo --output_dir demo/segmentation
+	$(STEP) "4/4 segment subject 7, which has no label" demo/log/segmenting.txt \
+		$(RUN) --config_file configs/inference.json --ckpt_dir demo --output_dir demo/segmentation
 	@touch $@
 
 # how fast this machine is, beside the published way and other networks; run nothing else meanwhile
@@ -91,29 +98,31 @@ weights: $(VENV)/.installed
 VERSION := $(shell sed -n 's/^    "version": "\(.*\)",/\1/p' configs/metadata.json)
 package: $(VENV)/.installed-dev
 	$(PY) -m scripts package --output_dir dist
-	grep -h '^torch==' requirements.txt | cat - requirements-hashed.txt | $(VENV)/bin/cyclonedx-py requirements \
+	grep -h '^torch==' requirements.txt | cat - requirements/hashed.txt | $(VENV)/bin/cyclonedx-py requirements \
 		--output-reproducible --output-file dist/infant_brain_mri_skipdenseseg_v$(VERSION).cdx.json -
 
 $(VENV)/bin/pip:
-	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "error: no virtual environment made by $(PYTHON); on Debian: apt install python3.11-venv; elsewhere: make PYTHON=<your Python 3.11>"; exit 1; }
+	@python=$$($(FIND_PYTHON) "$(PYTHON)") && echo "making $(VENV) with $$python" && \
+		"$$python" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # torch first and alone, so that a CPU build that is at hand is taken
 $(VENV)/.installed: requirements.txt | $(VENV)/bin/pip
-	@echo "installing torch, MONAI and what they need into $(VENV): over 1 GB, some minutes the first time"
-	$(VENV)/bin/pip install --quiet $$(grep '^torch==' requirements.txt)
-	$(VENV)/bin/pip install --quiet -r requirements.txt
+	@echo "installing PyTorch, MONAI and what they need into $(VENV): 1 to 5 GB, some minutes the first time"
+	@$(VENV)/bin/pip install --quiet $$(grep '^torch==' requirements.txt)
+	@$(VENV)/bin/pip install --quiet -r requirements.txt
 	@touch $@
 
-$(VENV)/.installed-dev: requirements-dev.txt $(VENV)/.installed
-	$(VENV)/bin/pip install --quiet -r requirements-dev.txt
+$(VENV)/.installed-dev: requirements/dev.txt $(VENV)/.installed
+	@echo "installing what the tests need into $(VENV), under a minute"
+	@$(VENV)/bin/pip install --quiet -r requirements/dev.txt
 	@touch $@
 
-# as docs/annotating_in_3d_slicer.md says
-$(VENV)-monailabel/.installed: requirements.txt requirements-monailabel.txt requirements-monailabel-no-deps.txt
-	$(PYTHON) -m venv --clear $(VENV)-monailabel
+# as docs/annotating_in_3d_slicer.md says; torchvision 0.16.2 has builds for Python 3.11 and earlier
+$(VENV)-monailabel/.installed: requirements.txt requirements/monailabel.txt requirements/monailabel-no-deps.txt
+	python=$$($(FIND_PYTHON) "$(or $(PYTHON),python3.11)") && "$$python" -m venv --clear $(VENV)-monailabel
 	@echo "installing MONAI Label and what it needs into $(VENV)-monailabel: 3 GB, some minutes"
 	$(VENV)-monailabel/bin/pip install --quiet $$(grep '^torch==' requirements.txt)
-	$(VENV)-monailabel/bin/pip install --quiet --no-deps -r requirements-monailabel-no-deps.txt
-	$(VENV)-monailabel/bin/pip install --quiet -r requirements-monailabel.txt
-	$(VENV)-monailabel/bin/pip install --quiet $$(grep '^pytest==' requirements-dev.txt)
+	$(VENV)-monailabel/bin/pip install --quiet --no-deps -r requirements/monailabel-no-deps.txt
+	$(VENV)-monailabel/bin/pip install --quiet -r requirements/monailabel.txt
+	$(VENV)-monailabel/bin/pip install --quiet $$(grep '^pytest==' requirements/dev.txt)
 	@touch $@

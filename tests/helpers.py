@@ -74,9 +74,9 @@ def voxels(path: Path) -> np.ndarray:
 
 
 def copy_bundle(directory: Path) -> Path:
-    for name in ("configs", "docs", "scripts", "models"):
+    for name in ("configs", "docs", "models", "requirements", "scripts", "tools"):
         shutil.copytree(ROOT / name, directory / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("LICENSE", "Makefile", *(path.name for path in ROOT.glob("requirements*.txt"))):
+    for name in ("LICENSE", "Makefile", "requirements.txt"):
         shutil.copy(ROOT / name, directory)
     return directory
 

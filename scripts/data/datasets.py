@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import ignite.distributed as idist
 import numpy as np
@@ -21,6 +21,7 @@ from monai.data import CacheDataset, DataLoader, Dataset, PersistentDataset
 from monai.transforms import Compose, RandomizableTrait
 from torch.utils.data import DistributedSampler, RandomSampler
 from tqdm import trange
+from typing_extensions import Self
 
 from scripts.distributed import gathered
 from scripts.errors import InputError, input_error_in

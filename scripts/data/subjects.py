@@ -11,10 +11,11 @@ import posixpath
 import re
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
-from typing import NotRequired, TypedDict
+from typing import TypedDict
 
 from fsspec.core import split_protocol
 from monai.utils import ensure_tuple
+from typing_extensions import NotRequired
 
 from scripts.data import bids
 from scripts.errors import InputError, require_path

@@ -11,7 +11,7 @@ from scripts.tissues import Tissue
 
 logger = logging.getLogger(__name__)
 
-# the tested version; also in requirements-dev.txt
+# the tested version; also in requirements/dev.txt
 ONNXRUNTIME = "onnxruntime==1.32.0"
 
 Run = Callable[[torch.Tensor], torch.Tensor]

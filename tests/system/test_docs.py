@@ -102,8 +102,8 @@ def test_no_kind_of_command_is_left_out():
         "pip install torch==2.13.0",
         "python3 -m venv .venv",
     ]
-    assert "s3fs==2026.9.0" in (ROOT / "requirements-dev.txt").read_text().split()
-    assert {"onnx==1.23.2", "onnxscript==0.7.2"} <= set((ROOT / "requirements-dev.txt").read_text().split())
+    assert "s3fs==2026.9.0" in (ROOT / "requirements/dev.txt").read_text().split()
+    assert {"onnx==1.23.2", "onnxscript==0.7.2"} <= set((ROOT / "requirements/dev.txt").read_text().split())
 
 
 @pytest.mark.parametrize(("page", "command"), RUN)

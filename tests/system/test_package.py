@@ -206,7 +206,7 @@ def test_page_speaks_of_this_version():
     stated = re.findall(rf"{NAME}_v([\d.]+)\.zip|{NAME} ([\d.]+)\n|--version ([\d.]+)", (ROOT / PAGE).read_text())
     assert len(stated) >= 5
     assert {version for versions in stated for version in versions if version} == {METADATA["version"]}
-    hub = {line for line in (ROOT / "requirements-dev.txt").read_text().splitlines() if "huggingface_hub" in line}
+    hub = {line for line in (ROOT / "requirements/dev.txt").read_text().splitlines() if "huggingface_hub" in line}
     assert hub == set(re.findall(r"huggingface_hub==[\d.]+", (ROOT / PAGE).read_text()))
 
 
@@ -402,15 +402,16 @@ def test_model_zoo_checks_pass(followed_page, clean_environment, tmp_path):
 
 
 def pinned(name: str) -> dict[str, str]:
-    """Versions by package in a file of requirements."""
-    return dict(re.findall(r"^([\w.-]+)==([\w.]+)", (ROOT / name).read_text(), re.MULTILINE))
+    """Versions by package in a file of requirements, for Python 3.11 and later."""
+    pattern = r'^([\w.-]+)==([\w.]+)(?: ; python_version >= "3.11")?(?: \\)?$'
+    return dict(re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE))
 
 
 def test_requirements_with_checksums_have_the_same_versions():
-    plain, hashed = pinned("requirements.txt"), pinned("requirements-hashed.txt")
+    plain, hashed = pinned("requirements.txt"), pinned("requirements/hashed.txt")
     assert plain.pop("torch")
     assert plain.items() <= hashed.items()
-    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "requirements-hashed.txt").read_text(), flags=re.MULTILINE)[1:]
+    entries = re.split(r"^(?=[\w.-]+==)", (ROOT / "requirements/hashed.txt").read_text(), flags=re.MULTILINE)[1:]
     assert all(re.search(r"--hash=sha256:[0-9a-f]{64}", entry) for entry in entries)
 
 
@@ -423,7 +424,7 @@ def test_requirements_with_checksums_can_be_installed(tmp_path):
     run_commands([command], tmp_path, tmp_path / "venv" / "bin")
     (site,) = (tmp_path / "venv").glob("lib/python*/site-packages")
     installed = {path.name.split("-")[0].lower() for path in site.glob("*.dist-info")}
-    assert {name.replace("-", "_").replace(".", "_") for name in pinned("requirements-hashed.txt")} <= installed
+    assert {name.replace("-", "_").replace(".", "_") for name in pinned("requirements/hashed.txt")} <= installed
 
 
 @pytest.mark.slow
@@ -436,4 +437,4 @@ def test_list_of_packages_lies_beside_the_zip(tmp_path):
     assert listed["bomFormat"] == "CycloneDX"
     versions = {component["name"]: component["version"] for component in listed["components"]}
     assert pinned("requirements.txt").items() <= versions.items()
-    assert pinned("requirements-hashed.txt").items() <= versions.items()
+    assert pinned("requirements/hashed.txt").items() <= versions.items()

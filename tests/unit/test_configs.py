@@ -1,6 +1,7 @@
 """What the configs say: one truth for each thing, and what MONAI and its model zoo ask of a bundle."""
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -80,9 +81,8 @@ def test_network_def_is_the_default_network():
 
 def test_versions_are_those_that_are_pinned():
     metadata = load("metadata")
-    pinned = dict(
-        line.split("==") for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"
-    )
+    listed = (ROOT / "requirements.txt").read_text()
+    pinned = dict(re.findall(r'^([\w.-]+)==([\w.]+)(?: ; python_version >= "3.11")?$', listed, re.MULTILINE))
     stated = metadata["required_packages_version"] | {
         "monai": metadata["monai_version"],
         "torch": metadata["pytorch_version"],

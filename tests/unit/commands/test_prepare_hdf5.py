@@ -30,6 +30,7 @@ def test_values_are_those_of_the_published_preparation(hdf5_scans, hdf5_prepared
     for axis in range(3):
         occupied = np.flatnonzero(brain.any(axis=tuple({0, 1, 2} - {axis})))
         box.append(slice(max(occupied[0] - 32, 0), min(occupied[-1] + 1 + 32, brain.shape[axis])))
+    box = tuple(box)
     assert sum(part.stop - part.start < size for part, size in zip(box, brain.shape, strict=True)) == 3
     with h5py.File(hdf5_prepared / "data_train_no_cut" / "train_iseg_nocut_1.h5") as file:
         assert set(file) == {"data", "label"}
@@ -40,9 +41,9 @@ def test_values_are_those_of_the_published_preparation(hdf5_scans, hdf5_prepared
             assert file[name].shape == (1, channels, z, x, y)
         for channel, volume in enumerate((t1, t2)):
             expected = (volume - volume[brain].mean()) / np.sqrt(((volume[brain] - volume[brain].mean()) ** 2).mean())
-            np.testing.assert_allclose(file["data"][0, channel], expected[*box].transpose(2, 0, 1), rtol=0, atol=1e-5)
+            np.testing.assert_allclose(file["data"][0, channel], expected[box].transpose(2, 0, 1), rtol=0, atol=1e-5)
         classes = sum((label == value) * n for n, value in enumerate((0, 10, 150, 250)))
-        np.testing.assert_array_equal(file["label"][0, 0], classes[*box].transpose(2, 0, 1))
+        np.testing.assert_array_equal(file["label"][0, 0], classes[box].transpose(2, 0, 1))
 
 
 def test_nothing_is_held_out_when_asked_so(hdf5_scans, tmp_path):

@@ -227,4 +227,4 @@ def test_onnxruntime_that_is_not_installed(files, monkeypatch):
 
 
 def test_version_in_the_message_is_the_one_that_is_tested():
-    assert ONNXRUNTIME in (ROOT / "requirements-dev.txt").read_text().split()
+    assert ONNXRUNTIME in (ROOT / "requirements/dev.txt").read_text().split()
