@@ -21,7 +21,7 @@ from ignite.engine import Engine
 from monai.utils import ensure_tuple, set_determinism
 
 from scripts.data.storage import Folders
-from scripts.data.subjects import Dataset, Subject, require_apart
+from scripts.data.subjects import Subject, SubjectFolder, require_apart
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers, show_input_errors_in_one_line
 from scripts.files import UNFINISHED, unfinished_named, whole_files
 from scripts.inference.exported import is_exported
@@ -103,7 +103,7 @@ def require_settings(purpose: str, settings: Mapping[str, Any]) -> None:
 
 def check(
     purpose: str,
-    dataset: Dataset,
+    dataset: SubjectFolder,
     subjects: Sequence[Subject],
     settings: Mapping[str, Any],
     folders: Folders,

@@ -181,7 +181,7 @@ def _ids(setting: Ids) -> list[str]:
     return [str(subject_id) for subject_id in ensure_tuple(setting)]
 
 
-class Dataset:
+class SubjectFolder:
     """The subjects in a folder, which is scanned once, when the object is made.
 
     The folder is a BIDS dataset, see `scripts.data.bids.find_bids_subjects`, or has files at any depth: Analyze (`.hdr`

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts.commands.synthesize import synthesize
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.errors import InputError
 from scripts.synthesis.contrast import histogram_overlap
 from scripts.synthesis.label_maps import read_label_map
@@ -36,7 +36,7 @@ def made(labels, tmp_path_factory):
 
 def test_each_label_map_becomes_a_subject_that_can_train(made):
     directory, _ = made
-    subjects = Dataset(str(directory)).require_good()
+    subjects = SubjectFolder(str(directory)).require_good()
     assert [subject["subject"] for subject in subjects] == ["A", "B"]
     assert all("label" in subject for subject in subjects)
 
@@ -90,7 +90,7 @@ def test_label_map_that_changed_is_not_taken_for_the_one_before(labels, made, tm
 
 def test_only_the_label_maps_that_are_named(labels, tmp_path):
     synthesize(str(labels), str(tmp_path / "o"), names="B")
-    assert [subject["subject"] for subject in Dataset(str(tmp_path / "o")).require_good()] == ["B"]
+    assert [subject["subject"] for subject in SubjectFolder(str(tmp_path / "o")).require_good()] == ["B"]
     with pytest.raises(InputError, match=r"--names C: no such label map in .*; it has A, B"):
         synthesize(str(labels), str(tmp_path / "o"), names=["A", "C"])
 
