@@ -160,6 +160,6 @@ def test_file_that_is_not_the_state_of_this_training(dataset, tmp_path, uninterr
     del state["settings"]["synthetic_share"]
     torch.save(state, last)
     message = refusal(train_in_process, dataset, tmp_path, resume=True)
-    assert "last.pt: doesn't tell the synthetic_share of its training, so another version" in message
+    assert "last.pt: has no record of synthetic_share, so another version" in message
     last.write_bytes((uninterrupted[0] / "last.pt").read_bytes()[:5000])
     assert_one_line(bundle(*training(dataset, tmp_path, "--resume", "True")), f"{last}: can't be read as a checkpoint")
