@@ -13,8 +13,6 @@ import ignite.distributed as idist
 import torch.distributed
 from torch import nn
 
-from scripts.errors import OneLineErrorFilter
-
 Item = TypeVar("Item")
 
 
@@ -66,7 +64,6 @@ def join(output_dir: str, device: torch.device | str) -> None:
     Path(output_dir).mkdir(parents=True, exist_ok=True)
     log = (Path(output_dir) / f"rank-{rank}.log").open("a", buffering=1)
     handler = logging.StreamHandler(log)
-    handler.addFilter(OneLineErrorFilter())
     handler.setFormatter(logging.Formatter("%(asctime)s - %(name)s - %(levelname)s - %(message)s"))
     if rank == 0:
         sys.stdout = _Tee(sys.stdout, log)

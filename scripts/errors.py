@@ -130,5 +130,14 @@ class OneLineErrorFilter(logging.Filter):
 def show_input_errors_in_one_line() -> None:
     """From now on, end the process with one line for errors that `one_line_of` knows; others keep their traceback."""
     sys.excepthook = _print_error
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(OneLineErrorFilter())
+
+
+def keep_input_errors_out_of_logs() -> None:
+    """Keep errors that end the process in one line out of all loggers that exist; MONAI's handlers have their own.
+
+    Does nothing where errors aren't shown in one line.
+    """
+    if sys.excepthook is _print_error:
+        for logger in [logging.getLogger(), *logging.root.manager.loggerDict.values()]:
+            if isinstance(logger, logging.Logger):
+                logger.addFilter(OneLineErrorFilter())

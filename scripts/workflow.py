@@ -22,7 +22,13 @@ from monai.utils import ensure_tuple, set_determinism
 
 from scripts.data.storage import Folders
 from scripts.data.subjects import Subject, SubjectFolder, require_apart
-from scripts.errors import InputError, require_true_or_false, require_whole_numbers, show_input_errors_in_one_line
+from scripts.errors import (
+    InputError,
+    keep_input_errors_out_of_logs,
+    require_true_or_false,
+    require_whole_numbers,
+    show_input_errors_in_one_line,
+)
 from scripts.files import UNFINISHED, unfinished_named, whole_files
 from scripts.inference.exported import is_exported
 from scripts.machine import keep_freed_memory, require_device
@@ -140,6 +146,7 @@ def run(engine: Engine, purpose: str, folders: Folders) -> None:
     Raises:
         InputError: as `exclusive_run`, or as the engine's components.
     """
+    keep_input_errors_out_of_logs()
     with _locked(purpose, folders):
         engine.run()
 
