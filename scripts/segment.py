@@ -23,7 +23,17 @@ from scripts.settings import unknown_setting
 
 # settings of configs/inference.json that define how a subject is segmented; the others are about the command's files
 SETTINGS = {
-    *("ckpt_dir", "checkpoints", "device", "precision", "memory_format", "seed", "foreground_margin", "window_size"),
+    *(
+        "ckpt_dir",
+        "cache_dir",
+        "checkpoints",
+        "device",
+        "precision",
+        "memory_format",
+        "seed",
+        "foreground_margin",
+        "window_size",
+    ),
     *("flips", "uncertainty", "dropout_samples"),
     *("network_def", "network", "preprocessing", "inferer", "postprocessing"),
 }

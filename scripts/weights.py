@@ -57,26 +57,25 @@ def _version(path: str | Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-@lru_cache(maxsize=16)
-def _state_and_hash(path: str, version: tuple[int, ...]) -> tuple[Any, str]:
-    """A checkpoint's state dict, which must not be changed, and the file's SHA-256. Each version is read once."""
-    content = Path(path).read_bytes()
-    state = read_checkpoint(path, content)
-    state = state.get("model", state) if isinstance(state, Mapping) else {}
-    return state, hashlib.sha256(content).hexdigest()
+@lru_cache(maxsize=2)
+def _state(path: str, version: tuple[int, ...]) -> Any:
+    """The state dict of a checkpoint, read once per version of the file. The caller must not change it."""
+    content = read_checkpoint(path)
+    return content.get("model", content) if isinstance(content, Mapping) else {}
 
 
-@lru_cache(maxsize=16)
-def _hash(path: str, version: tuple[int, ...]) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+@lru_cache(maxsize=64)
+def _sha256(path: str, version: tuple[int, ...]) -> str:
+    with Path(path).open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file. The file is read once, and a loaded checkpoint isn't read again."""
-    try:
-        return _state_and_hash(str(path), _version(path))[1]
-    except InputError:  # no checkpoint but, for example, an exported network
-        return _hash(str(path), _version(path))
+    """Return the SHA-256 of a file, computed once per version of the file."""
+    return _sha256(str(path), _version(path))
 
 
 def require_fit(state: Any, network: torch.nn.Module, path: str, remedy: str) -> None:
@@ -130,7 +129,7 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train first, or name another folder by --ckpt_dir")
-    state, _ = _state_and_hash(str(path), _version(path))
+    state = _state(str(path), _version(path))
     require_fit(state, network, path, "set network_def to the network it was trained with")
     network.load_state_dict(state)
 
@@ -140,7 +139,7 @@ def has_weights_of(path: str | Path, network: torch.nn.Module) -> bool:
     if not Path(path).is_file():
         return False
     try:
-        state, _ = _state_and_hash(str(path), _version(path))
+        state = _state(str(path), _version(path))
     except InputError:
         return False
     weights = network.state_dict()

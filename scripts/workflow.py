@@ -36,8 +36,8 @@ from scripts.settings import refuse_unknown_overrides, require_tracking_package
 
 # settings that must be whole numbers, by their smallest value
 LEAST = {
-    0: ("foreground_margin", "checkpoint_interval", "profile_steps", "picture_interval"),
-    1: ("epochs", "crops_per_epoch", "batch_size", "val_interval", "checkpoints_kept"),
+    0: ("foreground_margin", "profile_steps", "picture_interval"),
+    1: ("epochs", "crops_per_epoch", "batch_size", "val_interval"),
 }
 TRUE_OR_FALSE = ("probabilities", "stop_at_bad_subject")
 

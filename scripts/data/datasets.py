@@ -217,7 +217,9 @@ class LenientDataLoader(ReadAheadDataLoader):
         self, dataset: Dataset, stop_at_bad_subject: bool = False, num_workers: int = 0, **settings: Any
     ) -> None:
         if num_workers != 0:
-            raise InputError(f"--dataloader#num_workers {num_workers}: must be 0, or a bad subject would end the run")
+            raise InputError(
+                f"--evaluator#val_data_loader#num_workers {num_workers}: must be 0, or a bad subject would end the run"
+            )
         super().__init__(dataset, **settings)
         self.stop_at_bad_subject = stop_at_bad_subject
         self.refused: list[str] = []

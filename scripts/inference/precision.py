@@ -118,13 +118,19 @@ class MixedPrecisionInferer(Inferer):
         self.inferer = inferer
         self.precision = precision
         self.memory_format = MEMORY_FORMATS[memory_format]
-        self.fused: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], nn.Module]] = WeakKeyDictionary()
+        self.fused: WeakKeyDictionary[nn.Module, tuple[list[Any], nn.Module]] = WeakKeyDictionary()
 
     def _fused(self, network: nn.Module) -> nn.Module:
-        """The network by `fuse_batch_norms`, made again only when its weights have changed."""
-        versions = [(tensor.data_ptr(), tensor._version) for tensor in network.state_dict(keep_vars=True).values()]
-        if network not in self.fused or self.fused[network][0] != versions:
-            self.fused[network] = versions, fuse_batch_norms(network)
+        """Return the network by `fuse_batch_norms`, made anew only when its weights or its device have changed.
+
+        Torch's own count of changes misses those of some optimizers, so sums tell whether there was one.
+        """
+        state = []
+        for tensor in network.state_dict().values():
+            values = tensor.detach().cpu().double().flatten()
+            state.append((tensor.device, values.sum().item(), values.dot(values).item()))
+        if network not in self.fused or self.fused[network][0] != state:
+            self.fused[network] = state, fuse_batch_norms(network)
         return self.fused[network][1]
 
     def __call__(

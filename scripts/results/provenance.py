@@ -56,8 +56,8 @@ def _quoted(argument: str) -> str:
 
 def summary_of(value: Any) -> Any:
     """Return a plain setting unchanged, and the kind of a network, an optimiser and the like."""
-    if isinstance(value, torch.nn.Module):
-        return f"{type(value).__name__}, {sum(each.numel() for each in value.parameters()):,} parameters"
+    if isinstance(value, torch.nn.Module) and (parameters := sum(each.numel() for each in value.parameters())):
+        return f"{type(value).__name__}, {parameters:,} parameters"
     plain = value is None or isinstance(value, str | int | float | Sequence)
     return value if plain else type(value).__name__
 

@@ -12,7 +12,7 @@ from ignite.engine import Engine, Events
 from monai.engines import Evaluator
 
 from scripts.data.storage import Folders
-from scripts.errors import InputError
+from scripts.errors import InputError, require_whole_numbers
 from scripts.files import whole_files
 from scripts.training.resume import ResumableTraining
 from scripts.weights import has_weights_of, is_fresh_start, sha256
@@ -56,6 +56,8 @@ class Checkpoints:
         keep: int = 16,
         **parts: Any,
     ) -> None:
+        require_whole_numbers(0, checkpoint_interval=interval)
+        require_whole_numbers(1, checkpoints_kept=keep)
         best, last = Path(folders.checkpoints, "model.pt"), Path(folders.output, "last.pt")
         self.validator = validator
         self.best = BestWeightsSaver(best, network)

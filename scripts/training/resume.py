@@ -76,7 +76,7 @@ def first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
 
 # settings that a resumed training may change, and settings that are compared by their effect
 NOT_COMPARED = {
-    *("dataset_dir", "checkpoint_interval", "checkpoints_kept", "profile_steps", "picture_interval"),
+    *("dataset_dir", "profile_steps", "picture_interval"),
     *("epochs", "crops_per_epoch", "val_subjects"),
 }
 

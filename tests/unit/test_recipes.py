@@ -9,7 +9,7 @@ from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow
 
 from scripts.data.datasets import PatchDraw
-from scripts.errors import InputError
+from scripts.errors import InputError, input_error_in
 from scripts.inference.precision import float16_or_auto, needs_loss_scaling
 from scripts.training.loss_scale import FixedLossScale
 
@@ -133,3 +133,16 @@ def test_robust_recipe_begins_as_the_default():
     default = json.loads((CONFIGS / "train.json").read_text())["train"]["augmentation"]
     robust = json.loads((CONFIGS / "recipes" / "robust.json").read_text())["train#augmentation"]
     assert default[0] == robust[0]
+
+
+def test_loss_scale_is_set_before_a_resumed_one_is_loaded():
+    train = json.loads((CONFIGS / "train.json").read_text())["train"]
+    handlers = [each["_target_"].rpartition(".")[2] for each in train["handlers"]]
+    assert handlers.index("FixedLossScale") < handlers.index("Checkpoints")
+
+
+def test_bad_settings_are_refused_before_subjects_are_loaded(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr("scripts.data.datasets.cached_dataset", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises((InputError, RuntimeError)) as caught:
+        workflow(dataset, tmp_path, "original", learning_rate=-1).run()
+    assert "--learning_rate -1" in str(input_error_in(caught.value))

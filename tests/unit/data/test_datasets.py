@@ -67,7 +67,7 @@ def test_all_batches_in_order_and_again():
 
 
 def test_bad_subjects_are_passed_over_only_without_processes():
-    with pytest.raises(InputError, match="--dataloader#num_workers 2: must be 0"):
+    with pytest.raises(InputError, match="--evaluator#val_data_loader#num_workers 2: must be 0"):
         LenientDataLoader(Dataset([1], Reader()), device="cpu", num_workers=2)
 
 

@@ -3,6 +3,7 @@ import torch
 from monai.inferers import SimpleInferer
 
 from scripts.errors import InputError
+from scripts.inference import precision
 from scripts.inference.precision import MixedPrecisionInferer, fuse_batch_norms, needs_loss_scaling, network_precision
 
 # elsewhere bfloat16 is computed by slow emulation, which nobody is given unasked
@@ -131,3 +132,33 @@ def test_memory_format_that_is_none():
         InputError, match="--memory_format channels_last: must be channels_last_3d or contiguous_format"
     ):
         MixedPrecisionInferer(SimpleInferer(), memory_format="channels_last")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_fused_network_follows_every_optimizer(fused):
+    """Torch doesn't count the changes of a fused optimizer."""
+    network = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 1), torch.nn.InstanceNorm3d(4))
+    inferer, image = MixedPrecisionInferer(SimpleInferer(), "fp32"), torch.randn(1, 2, 8, 8, 8)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=0.1, fused=fused)
+    for _ in range(2):
+        with torch.no_grad():
+            torch.testing.assert_close(inferer(image, network.eval()), network(image), rtol=1e-4, atol=1e-4)
+        (network.train()(image) * torch.arange(8)).sum().backward()
+        optimizer.step()
+
+
+def test_network_made_for_inference_only():
+    with torch.inference_mode():
+        network, image = torch.nn.Sequential(torch.nn.Conv3d(2, 4, 1)).eval(), torch.randn(1, 2, 8, 8, 8)
+        logits = MixedPrecisionInferer(SimpleInferer(), "fp32")(image, network)
+        torch.testing.assert_close(logits, network(image), rtol=1e-4, atol=1e-4)
+
+
+def test_network_is_fused_once_for_all_volumes(network, monkeypatch):
+    made = []
+    monkeypatch.setattr(precision, "fuse_batch_norms", lambda network: made.append(network) or network)
+    inferer = MixedPrecisionInferer(SimpleInferer(), "fp32")
+    with torch.no_grad():
+        for _ in range(3):
+            inferer(torch.randn(1, 2, 16, 16, 16), network)
+    assert len(made) == 1
