@@ -43,7 +43,7 @@ def test_processes_that_are_killed_are_told_of():
     loader = ReadAheadDataLoader(Dataset([1], Dying()), device="cuda", batch_size=1, num_workers=1)
     with pytest.raises(RuntimeError) as caught:
         list(loader)
-    assert "ended (DataLoader worker" in one_line_of(caught.value)
+    assert "killed (DataLoader worker" in one_line_of(caught.value)
     assert "--train#dataloader#num_workers 0" in one_line_of(caught.value)
 
 

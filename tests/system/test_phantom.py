@@ -97,7 +97,7 @@ def test_what_is_there_is_kept(folder, capsys):
 def test_subjects_of_somebody_else_are_neither_kept_nor_overwritten(folder, tmp_path):
     with pytest.raises(InputError, match=r"subject-1-T1.hdr: .*choose another --output_dir"):
         phantom(str(folder), subjects=1, unlabeled=0, seed=6)
-    with pytest.raises(InputError, match=r"subject-2-label.hdr: subject 2 shall have no label"):
+    with pytest.raises(InputError, match=r"subject-2-label.hdr: subject 2 must have no label"):
         phantom(str(folder), subjects=1, unlabeled=1, seed=5)
     (tmp_path / "subject-1-T1.hdr").write_bytes(b"precious")
     with pytest.raises(InputError, match=f"{tmp_path}/subject-1-T1.hdr: "):
