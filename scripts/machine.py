@@ -1,4 +1,4 @@
-"""Memory and devices of the machine, container or job that this process runs on."""
+"""Memory and devices that this process may use, on a machine, in a container or in a job."""
 
 import ctypes
 import os
@@ -11,23 +11,25 @@ import torch
 from scripts.errors import InputError
 
 CGROUPS, OWN_CGROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# by the kind of a control group, none in version 2: files of its limit and of what is used of it, and the entry of
-# memory.stat that tells what of this files take that weren't read lately
+# by the controller in /proc/self/cgroup, empty in version 2: the files of a group's limit and use, and the entry in
+# memory.stat for cached files that weren't read lately
 CGROUP_FILES = {
     "": ("memory.max", "memory.current", "inactive_file"),
     "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
 }
 
 
-def left_by_groups(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
-    """Bytes that Linux's control groups leave to this process: that of its container or job and those above it.
+def cgroup_memory_left(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
+    """Return the bytes left by each of Linux's control groups that limits this process, such as its container's.
 
-    None where there are no groups or no limits. What they hold of files that were read counts as free, for it is given
-    up when memory is needed.
+    Cached files count as free, because the kernel drops them when memory is needed.
 
     Args:
-        mount: where the groups lie, of version 1 or 2.
-        own: tells which ones are this process's.
+        mount: the folder of the groups, version 1 or 2.
+        own: the file that lists the groups of this process.
+
+    Returns:
+        Bytes left in the process's group and those above it; empty without groups or limits.
     """
     left = []
     for line in own.read_text().splitlines() if own.is_file() else ():
@@ -38,7 +40,7 @@ def left_by_groups(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
         top = mount / kind
         group = top / path.lstrip("/")
         for each in (group, *group.parents):
-            # in a container its own group may lie at the top, and none where it is told to be
+            # a container may see its own group at the top, and nothing at the listed path
             if not each.is_relative_to(top) or not (each / limit).is_file():
                 continue
             if (allowed := (each / limit).read_text().strip()) == "max":
@@ -50,10 +52,10 @@ def left_by_groups(mount: Path = CGROUPS, own: Path = OWN_CGROUPS) -> list[int]:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes that can be allocated on a device: what is free on a GPU; else what system, container and user leave."""
+    """Return the bytes that can be allocated: free memory of a GPU, else what system, container and user leave."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    limits = [psutil.virtual_memory().available, *left_by_groups()]
+    limits = [psutil.virtual_memory().available, *cgroup_memory_left()]
     process = psutil.Process()
     if hasattr(process, "rlimit"):  # Linux
         allowed = process.rlimit(psutil.RLIMIT_AS)[0]
@@ -63,10 +65,10 @@ def available_memory(device: torch.device) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep large blocks for the next step instead of giving them back and clearing new ones.
+    """Make glibc keep large freed blocks for the next step instead of returning them to the system.
 
-    Activations are tens of MB and come and go each step; a training step on a CPU gets 1.1 to 1.4 times as fast, for
-    about a quarter more memory. Only glibc can be told so; elsewhere nothing happens.
+    Each step allocates and frees activations of tens of MB, and the system clears new blocks. Keeping them makes a
+    training step on a CPU 1.1 to 1.4 times as fast, for about a quarter more memory. Other C libraries are unchanged.
     """
     if platform.libc_ver()[0] == "glibc":
         trim_threshold, mmap_max = -1, -4  # from malloc.h
@@ -76,7 +78,7 @@ def keep_freed_memory() -> None:
 
 
 def own_device() -> torch.device:
-    """The accelerator that PyTorch finds, of several the one of this process's rank on its machine; else the CPU."""
+    """Return the accelerator of this process by its rank on the machine, or the CPU if PyTorch finds no accelerator."""
     if not torch.accelerator.is_available():
         return torch.device("cpu")
     kind = torch.accelerator.current_accelerator().type
@@ -84,9 +86,9 @@ def own_device() -> torch.device:
 
 
 def require_device(device: torch.device | str) -> None:
-    """Refuse, by InputError, a device that torch doesn't know, that this machine hasn't or that can't be used."""
+    """Raise InputError if torch doesn't know a device, or this machine lacks it or can't use it."""
     try:
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, TypeError) as error:  # each kind of device has its own
+    except (RuntimeError, AssertionError, TypeError) as error:  # depends on the kind of device
         reason = str(error).splitlines()[0]
-        raise InputError(f"--device {device}: can't be used ({reason}); give one like cpu or cuda:0") from error
+        raise InputError(f"--device {device}: can't be used ({reason}); choose one like cpu or cuda:0") from error

@@ -21,7 +21,7 @@ from scripts.machine import require_device
 from scripts.results.metrics import tissue_volumes
 from scripts.settings import unknown_setting
 
-# what of configs/inference.json says how a subject is segmented; all else is about the files of the command
+# settings of configs/inference.json that define how a subject is segmented; the others are about the command's files
 SETTINGS = {
     *("ckpt_dir", "checkpoints", "device", "precision", "memory_format", "seed", "foreground_margin", "window_size"),
     *("flips", "uncertainty", "dropout_samples"),
@@ -31,7 +31,7 @@ SETTINGS = {
 
 @contextmanager
 def _bare_input_errors() -> Iterator[None]:
-    """Raise an InputError as it is where MONAI, as always, wraps it in a RuntimeError."""
+    """Raise an InputError unwrapped; MONAI wraps it in a RuntimeError."""
     try:
         yield
     except RuntimeError as error:
@@ -42,15 +42,15 @@ def _bare_input_errors() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """What is said of a subject, on the grid of its T1.
+    """The segmentation of a subject, on the grid of its T1.
 
     Attributes:
-        label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, in the order of the axes of the T1; 0 where T1 is 0.
+        label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, with the axes of the T1; 0 where T1 is 0.
         volumes: `csf_ml`, `gm_ml`, `wm_ml` and their sum `brain_ml`, by `scripts.results.metrics.tissue_volumes`.
         probabilities: float32 (4, X, Y, Z) of background, CSF, GM and WM, which sum to 1.
-        affine: 4 x 4, from voxels to RAS mm, that of the T1.
-        uncertainty: float32 (X, Y, Z) from 0 to 1 by `scripts.results.probabilities.PredictiveEntropyd`, or None if the
-            setting `uncertainty` doesn't ask for it.
+        affine: that of the T1, 4 x 4, from voxels to RAS mm.
+        uncertainty: float32 (X, Y, Z) from 0 to 1 by `scripts.results.probabilities.PredictiveEntropyd`; None without
+            the setting `uncertainty`.
     """
 
     label: np.ndarray
@@ -61,16 +61,16 @@ class Segmentation:
 
 
 class Segmenter:
-    """Segments subjects as configs/inference.json does, one after the other with a network that is loaded once.
+    """Segment subjects one by one as configs/inference.json does, with a network that is loaded once.
 
-    Nothing of the calling process is changed: neither seeds nor logging nor how errors look.
+    The calling process keeps its seeds, logging and display of errors.
 
     Args:
-        settings: those of configs/inference.json that aren't about files: `checkpoints`, `ckpt_dir`, `flips`,
+        settings: of configs/inference.json, except those about files: `checkpoints`, `ckpt_dir`, `flips`,
             `uncertainty`, `precision`, `window_size`, `device` and so on.
 
     Raises:
-        InputError: a setting isn't known or can't be, or as `scripts.inference.averaging.CheckpointLoader`.
+        InputError: a setting is unknown or invalid, or as `scripts.inference.averaging.CheckpointLoader`.
     """
 
     def __init__(self, **settings: Any) -> None:
@@ -81,7 +81,7 @@ class Segmenter:
             if ReferenceResolver.split_id(name)[0] not in SETTINGS:
                 raise InputError(f"{name}: is a setting of the command, which reads and writes folders; leave it out")
         config.update({"bundle_root": str(ROOT), "probabilities": True, **settings})
-        # a new network draws its weights at random, which the checkpoint then replaces
+        # a new network gets random weights, which the checkpoint replaces
         with _bare_input_errors(), torch.random.fork_rng(devices=[]):
             require_device(config.get_parsed_content("device"))
             require_whole_numbers(0, foreground_margin=config.get_parsed_content("foreground_margin"))
@@ -124,19 +124,19 @@ def segment(
     affine: ArrayLike | None = None,
     **settings: Any,
 ) -> Segmentation:
-    """Segment a subject; the label is, voxel for voxel, that of the command with the same settings.
+    """Segment a subject; the label equals that of the command with the same settings, voxel for voxel.
 
-    For many subjects make one `Segmenter`, and call it as this function without settings.
+    For many subjects, make one `Segmenter` and call it like this function, without settings.
 
     Args:
-        t1, t2: skull-stripped (0 outside the brain) and on one grid: paths (`.hdr`, `.nii`, `.nii.gz`), nibabel images,
-            or arrays (X, Y, Z).
-        affine: of arrays, and only of these: 4 x 4, from voxels to RAS mm, which says orientation and voxel size.
-        settings: as `Segmenter` takes them.
+        t1, t2: skull-stripped (0 outside the brain), on one grid: paths (`.hdr`, `.nii`, `.nii.gz`), nibabel images, or
+            arrays (X, Y, Z).
+        affine: for arrays only: 4 x 4, from voxels to RAS mm, with orientation and voxel size.
+        settings: see `Segmenter`.
 
     Raises:
-        InputError: as `Segmenter`, `scripts.data.transforms.LoadSubjectd` and `NormalizeByT1Maskd`, or an array comes
-            without an affine or the reverse.
+        InputError: an array has no affine, or a file or image is given one; or as `Segmenter`,
+            `scripts.data.transforms.LoadSubjectd` and `NormalizeByT1Maskd`.
     """
     return Segmenter(**settings)(t1, t2, affine)
 
@@ -144,13 +144,13 @@ def segment(
 def _volume(
     volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str
 ) -> str | SpatialImage:
-    """A volume as `scripts.data.transforms.LoadSubjectd` takes it; `name` stands for its path in messages."""
+    """A volume for `scripts.data.transforms.LoadSubjectd`; `name` is its name in messages if it has no path."""
     in_memory = not isinstance(volume, str | os.PathLike)
     if in_memory and not isinstance(volume, SpatialImage):
         volume = _image(volume, affine, name)
     elif affine is not None:
         raise InputError(
-            f"affine: is for arrays, and the {name} is a file or an image with one of its own; leave it out"
+            f"affine: is for arrays, and the {name} is a file or an image, which has its own; leave it out"
         )
     if not in_memory:
         path = os.fspath(volume)
@@ -158,18 +158,18 @@ def _volume(
             raise InputError(f"{path}: lacks the scan and its grid; give T1 and T2 images")
         return path
     if volume.affine is None:
-        raise InputError(f"{name}: the image has no affine; make it with one")
+        raise InputError(f"{name}: the image has no affine; create it with one")
     return volume
 
 
 def _image(values: ArrayLike, affine: ArrayLike | None, name: str) -> nib.Nifti1Image:
-    """An array and its affine as an image."""
+    """An image from an array and its affine."""
     if affine is None:
-        raise InputError(f"{name}: is an array, which has no grid of its own; give the 4 x 4 affine of the T1 as well")
+        raise InputError(f"{name}: is an array, which has no grid; give the 4 x 4 affine of the T1 as well")
     try:
         matrix, values = np.asarray(affine, dtype=np.float64), np.asarray(values, dtype=np.float32)
     except (TypeError, ValueError) as error:
         raise InputError(f"{name}: isn't a path, an image or an array of numbers with an affine ({error})") from error
     if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or np.linalg.det(matrix) == 0:
-        raise InputError("affine: must be a 4 x 4 matrix, from voxels to RAS mm, that can be inverted")
+        raise InputError("affine: must be an invertible 4 x 4 matrix, from voxels to RAS mm")
     return nib.Nifti1Image(values, matrix)

@@ -1,4 +1,4 @@
-"""The settings given on the command line: how they are read, and which ones a config knows."""
+"""Settings on the command line: how they are read, and which ones a config has."""
 
 import difflib
 import inspect
@@ -13,14 +13,14 @@ from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS, ID_SEP_KEY
 
-from scripts.errors import InputError
+from scripts.errors import InputError, refuse_damaged
 
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options among command-line arguments, as `fire` reads them: `--name value`, `--name=value`, `-name value`.
+    """Return the options among arguments as `fire` reads them: `--name value`, `--name=value`, `-name value`.
 
     Raises:
-        InputError: a value looks like Python's and isn't.
+        InputError: a value looks like Python but can't be evaluated.
     """
     options: dict[str, Any] = {}
     for position, argument in enumerate(arguments):
@@ -30,15 +30,15 @@ def given_options(arguments: Sequence[str]) -> dict[str, Any]:
             text = following if value is None else value
             try:
                 options[name.replace("-", "_")] = DefaultParseValue(text)
-            except MemoryError:  # Python's parser has room for so many brackets
+            except MemoryError:  # the number of brackets that Python's parser takes is limited
                 raise InputError(f"--{name} {text}: can't be read (too many brackets); correct it") from None
-            except Exception as error:  # what fire takes for Python and can't evaluate
+            except Exception as error:  # fire takes it for Python and can't evaluate it
                 raise InputError(f"--{name} {text}: can't be read ({error}); correct it") from error
     return options
 
 
 def _names_at(config: ConfigParser, parent: str) -> set[str]:
-    """What may be set in a part of a config: what stands there and, in a component, the arguments it takes."""
+    """The names that can be set in a part of a config: those in it, and the arguments of a component."""
     part = config.get(parent)
     if isinstance(part, list):
         return {str(position) for position in range(len(part))}
@@ -46,7 +46,7 @@ def _names_at(config: ConfigParser, parent: str) -> set[str]:
         return set()
     names = set(part)
     if "_target_" in part:
-        with suppress(Exception):  # there is no such component, as the run will say, or it doesn't tell what it takes
+        with suppress(Exception):  # the run reports a missing component; others have no signature
             component = ConfigComponent(part, id=parent, locator=config.locator).resolve_module_name()
             names |= set(inspect.signature(locate(component) if isinstance(component, str) else component).parameters)
         names |= {"_target_", "_disabled_", "_mode_", "_desc_", "_requires_"}
@@ -54,19 +54,16 @@ def _names_at(config: ConfigParser, parent: str) -> set[str]:
 
 
 def _read_settings(option: str, files: Any, read: Callable[[Any], Any]) -> dict[str, Any]:
-    """What `read` finds in the files that an option names; InputError where that isn't settings by name."""
-    try:
+    """The settings that `read` returns for the files of an option; InputError if they aren't settings by name."""
+    with refuse_damaged(f"--{option} {files}", "correct it or copy it again"):
         settings = read(files)
-    except Exception as error:  # what is raised for a damaged file depends on where the damage is
-        reason = " ".join(str(error).split())
-        raise InputError(f"--{option} {files}: can't be read ({reason}); correct or copy it again") from error
     if not isinstance(settings, dict):
-        raise InputError(f"--{option} {files}: holds no settings by name; write them as in configs/train.json")
+        raise InputError(f"--{option} {files}: has no settings by name; write them as in configs/train.json")
     return settings
 
 
 def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
-    """The options of `monai.bundle run`, those of its `--args_file` included."""
+    """The options of `monai.bundle run`, with those in its `--args_file`."""
     options = given_options(arguments)
     if "args_file" in options:
         options = _read_settings("args_file", options["args_file"], ConfigParser.load_config_file) | options
@@ -74,33 +71,33 @@ def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
-    """Refuse a command-line override that names nothing in the configs; MONAI would accept and ignore it.
+    """Refuse a command-line override of a setting that no config has; MONAI would silently ignore it.
 
     Args:
-        arguments: those of `monai.bundle run`.
+        arguments: of `monai.bundle run`.
 
     Raises:
-        InputError: a name isn't known, with the nearest known one, or a file can't be read.
+        InputError: a name is unknown, with the nearest known one, or a file can't be read.
     """
     options = _run_options(arguments)
     if "config_file" not in options:  # not started from the command line
         return
     config = ConfigParser(_read_settings("config_file", options["config_file"], ConfigParser.load_config_files))
-    of_monai = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
-    of_monai |= DEFAULT_MLFLOW_SETTINGS["configs"].keys()  # taken with `--tracking mlflow`
+    monai_options = {*inspect.signature(run).parameters, *inspect.signature(ConfigWorkflow).parameters}
+    monai_options |= DEFAULT_MLFLOW_SETTINGS["configs"].keys()  # for `--tracking mlflow`
     for name in options:
-        if hint := unknown_setting(name, config, of_monai):
+        if hint := unknown_setting(name, config, monai_options):
             raise InputError(f"--{name}: no such setting; {hint}")
 
 
 def require_tracking_package(arguments: Sequence[str]) -> None:
-    """Refuse `--tracking mlflow` among the arguments of `monai.bundle run`, by InputError, where MLflow is missing."""
+    """Raise InputError if `monai.bundle run` has `--tracking mlflow` among its arguments and MLflow isn't installed."""
     if _run_options(arguments).get("tracking") == "mlflow" and find_spec("mlflow") is None:
         raise InputError("--tracking mlflow: a package is missing; pip install mlflow==3.17.2")
 
 
 def unknown_setting(name: str, config: ConfigParser, others: Collection[str] = ()) -> str | None:
-    """None if a config has a setting or one of `others` is meant, else what may have been meant, as a sentence."""
+    """Return None if a setting is in a config or in `others`, else a hint as to which one may be meant."""
     parents: list[str] = []
     for part in ReferenceResolver.split_id(name):
         known = _names_at(config, ID_SEP_KEY.join(parents))
@@ -113,5 +110,5 @@ def unknown_setting(name: str, config: ConfigParser, others: Collection[str] = (
 
 
 def nearest(name: str, known: Collection[str]) -> str | None:
-    """The known name that is most like a misspelt one, if any is."""
+    """Return the known name most similar to a misspelt one, or None."""
     return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)

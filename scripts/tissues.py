@@ -15,19 +15,19 @@ class Tissue(IntEnum):
     WM = 3
 
 
-# as they are called in tables
+# names in tables
 TISSUES = tuple(tissue.name.lower() for tissue in Tissue)
-# label values in iSeg files; their places are the labels in memory: background, CSF, GM, WM
+# label values in iSeg files, by label in memory: background, CSF, GM, WM
 ISEG_VALUES = (0, 10, 150, 250)
-# affine of an iSeg volume, LAS and 1 mm, up to its origin; HDF5 files have none of their own
+# affine of an iSeg volume except its origin: LAS, 1 mm; HDF5 files have no affine
 ISEG_AFFINE = np.diag([-1.0, 1.0, 1.0, 1.0])
 
 
 def tissue_labels(values: np.ndarray, path: str) -> np.ndarray:
-    """Labels 0 to 3 (uint8, any shape) from label values as iSeg has them (0, 10, 150, 250) or 0 to 3 as they are.
+    """Return labels 0 to 3 as uint8, of any shape, from iSeg's label values (0, 10, 150, 250) or from 0 to 3.
 
     Raises:
-        InputError: another value occurs, or the two sets are mixed.
+        InputError: there is another value, or the two sets are mixed.
     """
     in_memory, in_iseg = {0, *Tissue}, set(ISEG_VALUES)
     remedy = f"use {ISEG_VALUES} or 0, 1, 2, 3 for background, CSF, GM, WM"

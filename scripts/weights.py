@@ -1,4 +1,4 @@
-"""Checkpoints: written whole, loaded whole or not at all, never lost to a later training."""
+"""Checkpoints: found, read safely, compared with a network, loaded if they fit exactly."""
 
 import glob
 import hashlib
@@ -18,48 +18,48 @@ from scripts.errors import InputError, ran_out_of_memory, require_path
 
 
 def read_checkpoint(path: str, content: bytes | None = None) -> Any:
-    """Return what `torch.save` wrote to a file, on the CPU; nothing in the file is run.
+    """Return the content of a file written by `torch.save`, on the CPU, without running code from it.
 
     Args:
         path: the file.
-        content: its bytes, if they were read already.
+        content: its bytes, if already read.
 
     Raises:
-        InputError: the file can't be read whole, or holds other Python objects than tensors, numbers and containers.
+        InputError: the file can't be read whole, or has other Python objects than tensors, numbers and containers.
     """
     try:
         file = io.BytesIO(Path(path).read_bytes() if content is None else content)
-        if zipfile.is_zipfile(file):  # torch doesn't compare the checksums
+        if zipfile.is_zipfile(file):  # torch doesn't verify the checksums
             with zipfile.ZipFile(file) as archive:
-                # torch doesn't compress, and compressed content may take a thousand times its room
+                # torch doesn't compress, and compressed content may expand a thousandfold
                 if sum(record.file_size for record in archive.infolist()) > file.getbuffer().nbytes:
-                    raise InputError(f"{path}: is packed, as no checkpoint is; save it again by torch.save")
+                    raise InputError(f"{path}: is compressed, unlike any checkpoint; save it again by torch.save")
                 if damaged := archive.testzip():
                     raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         file.seek(0)
         return torch.load(file, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except Exception as error:  # what torch raises for a damaged file depends on where the damage is
+    except Exception as error:  # the kind depends on where the file is damaged
         if ran_out_of_memory(error):
             raise
         if foreign := re.search(r"nsupported (?:global: )?GLOBAL (\S+)", str(error)):
             raise InputError(
-                f"{path}: refers to {foreign[1]}, so loading it could run code; it wasn't loaded; "
+                f"{path}: refers to {foreign[1]}, so loading could run code; it wasn't loaded; "
                 f"have it saved again as a plain state dict"
             ) from error
         raise InputError(f"{path}: can't be read as a checkpoint; copy it again or train anew") from error
 
 
 def _version(path: str | Path) -> tuple[int, ...]:
-    """Numbers that change whenever a file is replaced or written."""
+    """Numbers that change when a file is replaced or written."""
     status = Path(path).stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 @lru_cache(maxsize=16)
 def _state_and_hash(path: str, version: tuple[int, ...]) -> tuple[Any, str]:
-    """A checkpoint's state dict, which must not be changed, and the file's SHA-256: each version is read once."""
+    """A checkpoint's state dict, which must not be changed, and the file's SHA-256. Each version is read once."""
     content = Path(path).read_bytes()
     state = read_checkpoint(path, content)
     state = state.get("model", state) if isinstance(state, Mapping) else {}
@@ -72,20 +72,20 @@ def _hash(path: str, version: tuple[int, ...]) -> str:
 
 
 def sha256(path: str | Path) -> str:
-    """Return the SHA-256 of a file; a file is read once for it, and a checkpoint not at all after it was loaded."""
+    """Return the SHA-256 of a file. The file is read once, and a loaded checkpoint isn't read again."""
     try:
         return _state_and_hash(str(path), _version(path))[1]
-    except InputError:  # an exported network, or anything else
+    except InputError:  # no checkpoint but, for example, an exported network
         return _hash(str(path), _version(path))
 
 
 def require_fit(state: Any, network: torch.nn.Module, path: str, remedy: str) -> None:
-    """Refuse a state dict that hasn't exactly the tensors of a network, all of them finite.
+    """Refuse a state dict unless it has exactly the tensors of a network, all finite.
 
     Args:
-        state: tensors by name, or what was found in their place.
-        network: whose tensors they should be.
-        path: where `state` is from, for the message.
+        state: tensors by name; anything else has no tensors.
+        network: the network to fit.
+        path: the file of `state`, for the message.
         remedy: what to do, for the message.
 
     Raises:
@@ -109,24 +109,24 @@ def require_fit(state: Any, network: torch.nn.Module, path: str, remedy: str) ->
 
 
 def _as_loaded(value: Any, tensor: torch.Tensor) -> torch.Tensor | None:
-    """A value as `load_state_dict` puts it into a tensor; None where it can't, or would leave out a part."""
+    """A value as `load_state_dict` copies it into a tensor; None if it can't, or would drop a part."""
     if not isinstance(value, torch.Tensor) or value.shape != tensor.shape or value.is_complex():
         return None
     try:
         return torch.empty_like(tensor, device="cpu").copy_(value)
-    except RuntimeError:  # it is sparse, quantised, or without values
+    except RuntimeError:  # sparse, quantised, or without values
         return None
 
 
 def load_weights(network: torch.nn.Module, path: str) -> None:
-    """Load a checkpoint into a network if it fits it exactly.
+    """Load a checkpoint into a network if it fits exactly.
 
     Args:
-        network: takes the weights in place, on the device where it is.
-        path: a state dict as written by training, or a dict that holds one under `model`.
+        network: changed in place, on its device.
+        path: a state dict as training writes it, or a dict with one under `model`.
 
     Raises:
-        InputError: the file isn't there, isn't such a checkpoint, or as `require_fit`.
+        InputError: the file doesn't exist, or as `read_checkpoint` and `require_fit`.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train first, or name another folder by --ckpt_dir")
@@ -135,8 +135,8 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
     network.load_state_dict(state)
 
 
-def holds(path: str | Path, network: torch.nn.Module) -> bool:
-    """Whether a checkpoint is there that has the very weights of a network; one that can't be read has not."""
+def has_weights_of(path: str | Path, network: torch.nn.Module) -> bool:
+    """Return whether a file is a readable checkpoint with exactly the weights of a network."""
     if not Path(path).is_file():
         return False
     try:
@@ -151,23 +151,21 @@ def holds(path: str | Path, network: torch.nn.Module) -> bool:
 
 
 def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
-    """The files that the setting `checkpoints` names, checkpoints or exported networks.
+    """Return the files that the setting `checkpoints` names: checkpoints or exported networks.
 
     Args:
-        checkpoints: a path, or a pattern such as `cv/fold-*/model.pt` for all that fit it, sorted, or a list of these.
-            A path needn't exist.
+        checkpoints: a path, which needn't exist, or a pattern such as `cv/fold-*/model.pt` for all files that fit,
+            sorted, or a list of these.
 
     Raises:
-        InputError: one isn't a path, a pattern fits no file, or the list is empty.
+        InputError: one isn't a path, no file fits a pattern, or the list is empty.
     """
     paths: list[str] = []
     for name in ensure_tuple(checkpoints):
         require_path(name)
         name = str(name)
         if "://" in name:
-            raise InputError(
-                f"{name}: --checkpoints takes paths; give one folder by URL as --ckpt_dir, or copy the files"
-            )
+            raise InputError(f"{name}: --checkpoints takes paths; give a folder by URL as --ckpt_dir, or copy files")
         if Path(name).exists() or not glob.has_magic(name):
             paths.append(name)
         elif found := sorted(glob.glob(name, recursive=True)):  # noqa: PTH207 (may be absolute)
@@ -175,24 +173,22 @@ def checkpoint_paths(checkpoints: str | Sequence[str]) -> list[str]:
         else:
             raise InputError(f"{name}: no checkpoint fits this pattern; train first, or correct --checkpoints")
     if not paths:
-        raise InputError(
-            "--checkpoints: names none; give a path, a list of paths, or a pattern like cv/fold-*/model.pt"
-        )
+        raise InputError("--checkpoints: is empty; give a path, a list of paths, or a pattern like cv/fold-*/model.pt")
     return paths
 
 
 def starting_network(
     network: torch.nn.Module, device: torch.device | str, start_from: str | None = None
 ) -> torch.nn.Module:
-    """A network on its device, with the weights of a checkpoint if one is given.
+    """Return a network on its device, with the weights of a checkpoint if one is given.
 
-    They are there before anything starts, so weights that come later take their place: those of a training that is
-    resumed, and those that MONAI Label or a federated server hands over.
+    They are loaded before anything starts. So weights that come later replace them: those of a resumed training, and
+    those from MONAI Label or a federated server.
 
     Args:
-        network: takes the weights.
-        device: where it goes.
-        start_from: a checkpoint, as `load_weights` takes it.
+        network: changed in place.
+        device: to move it to.
+        start_from: a checkpoint, see `load_weights`.
 
     Raises:
         InputError: as `load_weights`.
@@ -203,5 +199,5 @@ def starting_network(
 
 
 def is_fresh_start(engine: Engine) -> bool:
-    """Whether a trainer that starts has done nothing yet; MONAI's federated client starts it again each round."""
+    """Return whether a starting trainer has done no step yet; MONAI's federated client starts it again each round."""
     return engine.state.iteration == 0

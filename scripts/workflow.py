@@ -1,4 +1,4 @@
-"""What every run of a config does: prepare the process, check the settings, lock the folders, run, report errors."""
+"""Steps of every run of a config: prepare the process, check settings, lock folders, run the engine."""
 
 import logging
 import math
@@ -21,14 +21,14 @@ from ignite.engine import Engine
 from monai.utils import ensure_tuple, set_determinism
 
 from scripts.data.storage import Folders
-from scripts.data.subjects import Dataset, Subject, require_apart
+from scripts.data.subjects import Subject, SubjectFolder, require_apart
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers, show_input_errors_in_one_line
 from scripts.files import UNFINISHED, unfinished_named, whole_files
 from scripts.inference.exported import is_exported
 from scripts.machine import keep_freed_memory, require_device
 from scripts.settings import refuse_unknown_overrides, require_tracking_package
 
-# settings that must be whole numbers, by the least that they may be
+# settings that must be whole numbers, by their smallest value
 LEAST = {
     0: ("foreground_margin", "checkpoint_interval", "profile_steps", "picture_interval"),
     1: ("epochs", "crops_per_epoch", "batch_size", "val_interval", "checkpoints_kept"),
@@ -39,28 +39,28 @@ logger = logging.getLogger(__name__)
 
 
 def start(seed: int, device: torch.device | str) -> None:
-    """Prepare the process: memory and randomness, and on the command line how errors look and what may be overridden.
+    """Prepare the process: device, memory and seeds; on the command line also display of errors and overrides.
 
     Args:
         seed: for Python, NumPy and torch.
-        device: where the network runs.
+        device: the device of the network.
 
     Raises:
         InputError: as `refuse_unknown_overrides`, `require_tracking_package` and `require_device`.
     """
-    # MONAI's surface distances warn of an argument that MONAI itself passes
+    # MONAI's surface distances warn about an argument that MONAI itself passes
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
-    # MONAI's trainer makes the loss scaler of float16 by a name that torch deprecates
+    # MONAI's trainer creates the GradScaler by a name that torch deprecates
     warnings.filterwarnings("ignore", r".*torch\.cuda\.amp\.GradScaler", FutureWarning)
-    # in a user's own program, error display and arguments are that program's business
+    # a user's own program decides on its display of errors and its arguments
     if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
         show_input_errors_in_one_line()
         refuse_unknown_overrides(sys.argv[1:])
         require_tracking_package(sys.argv[1:])
-        # progress is timed by the wall clock, which may be set back; a monitoring thread would compare the two
+        # tqdm uses the wall clock, which may be set back; its monitor thread would compare it with the new one
         tqdm.std.time = time.monotonic
         tqdm.std.tqdm.monitor_interval = 0
-    # MLflow, if installed, would report its use to its makers
+    # MLflow, if installed, would report its use
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     require_device(device)
     keep_freed_memory()
@@ -68,16 +68,16 @@ def start(seed: int, device: torch.device | str) -> None:
 
 
 def require_settings(purpose: str, settings: Mapping[str, Any]) -> None:
-    """Refuse settings that can't be, before anything is loaded.
+    """Refuse invalid settings before anything is loaded.
 
     Args:
         purpose: 'train', 'validate' or 'segment'.
         settings: by name. To train, `patch_size` must be a multiple of the `stride` of `network_def`, `val_subjects`
-            name a subject, `learning_rate` be a finite number above 0, and `start_from`, if given, be a checkpoint
-            that can be trained further.
+            must name a subject, `learning_rate` must be a finite number above 0, and `start_from`, if given, must be a
+            checkpoint that can be trained.
 
     Raises:
-        InputError: one of them isn't so.
+        InputError: a setting is invalid.
     """
     for least, names in LEAST.items():
         require_whole_numbers(least, **{name: settings[name] for name in names if name in settings})
@@ -91,7 +91,7 @@ def require_settings(purpose: str, settings: Mapping[str, Any]) -> None:
     if len(sides) != 3 or any(not isinstance(side, int) or side < 1 or side % stride for side in sides):
         raise InputError(f"--patch_size {patch_size}: must be multiples of {stride}, like [64,64,64]")
     if not ensure_tuple(val_subjects):
-        raise InputError(f"--val_subjects {val_subjects}: names none; name at least one labelled subject, like [9]")
+        raise InputError(f"--val_subjects {val_subjects}: is empty; name at least one labelled subject, like [9]")
     is_number = isinstance(learning_rate, int | float) and not isinstance(learning_rate, bool)
     if not is_number or not 0 < learning_rate < math.inf:
         raise InputError(f"--learning_rate {learning_rate}: must be a number above 0, like 0.006")
@@ -103,7 +103,7 @@ def require_settings(purpose: str, settings: Mapping[str, Any]) -> None:
 
 def check(
     purpose: str,
-    dataset: Dataset,
+    dataset: SubjectFolder,
     subjects: Sequence[Subject],
     settings: Mapping[str, Any],
     folders: Folders,
@@ -112,10 +112,10 @@ def check(
 
     Args:
         purpose: 'train', 'validate' or 'segment'.
-        dataset: where the subjects come from.
-        subjects: those chosen for the purpose.
+        dataset: the dataset of the subjects.
+        subjects: chosen for the purpose.
         settings: of the config, by name.
-        folders: those of the run.
+        folders: of the run.
 
     Raises:
         InputError: no subject was chosen, or as `require_settings`, `require_apart` and `exclusive_run`.
@@ -135,10 +135,10 @@ def run(engine: Engine, purpose: str, folders: Folders) -> None:
     Args:
         engine: a trainer or evaluator.
         purpose: 'train', 'validate' or 'segment'.
-        folders: those of the run.
+        folders: of the run.
 
     Raises:
-        InputError: as `exclusive_run`, and whatever the engine's components raise.
+        InputError: as `exclusive_run`, or as the engine's components.
     """
     with _locked(purpose, folders):
         engine.run()
@@ -153,27 +153,27 @@ def _locked(purpose: str, folders: Folders) -> AbstractContextManager[None]:
 
 @contextmanager
 def exclusive_run(kind: str, folders: Iterable[str]) -> Iterator[None]:
-    """Keep other runs of this kind out of the folders within the block, and remove what killed ones left unfinished.
+    """Keep other runs of a kind out of folders within the block, and remove unfinished files of killed runs.
 
-    The system frees a folder when its process ends, however it does. Of the processes that `torchrun` started the
-    first locks for all, and the others wait for it. Where a folder can't be locked, as on some network file systems,
-    the block runs without a lock and removes nothing there.
+    The system frees the lock when the process ends in any way. Of the processes that `torchrun` starts, the first
+    locks for all and the others wait for it. If a folder can't be locked, as on some network file systems, the block
+    runs without a lock and removes nothing there.
 
     Args:
-        kind: 'training', or 'results' of scoring and segmenting. A training writes other files than those two, so the
-            best network so far may be scored meanwhile.
-        folders: are made if need be.
+        kind: 'training', or 'results' for scoring and segmenting. These write different files, so the best network so
+            far may be scored during a training.
+        folders: created if missing.
 
     Raises:
-        InputError: another run of this kind is in one of them, or nothing can be written there.
+        InputError: another run of this kind uses one of the folders, or one can't be written.
     """
     with ExitStack() as stack:
         for folder in dict.fromkeys(Path(folder).resolve() for folder in folders) if idist.get_rank() == 0 else ():
             with whole_files(folder):
-                pass  # fails, if it can't be written, before anything is computed
+                pass  # raises InputError before anything is computed, if the folder can't be written
             path = folder / f".{kind}.lock"
             try:
-                # a run that is only checking holds it for a moment
+                # `check` of another run holds the lock for a moment
                 stack.enter_context(FileLock(path, timeout=1, fallback_to_soft=False))
             except Timeout:
                 raise InputError(
@@ -181,11 +181,11 @@ def exclusive_run(kind: str, folders: Iterable[str]) -> Iterator[None]:
                     f"--output_dir{', --ckpt_dir' if kind == 'training' else ''}"
                 ) from None
             except OSError as error:  # a network file system may have no locks
-                logger.warning("%s can't be locked (%s): start no second run there", folder, error)
+                logger.warning("%s: can't be locked (%s); don't start a second run there", folder, error)
                 continue
             stack.callback(path.unlink, missing_ok=True)
-            for below in ("", "sub-*/**/"):  # where the results of a BIDS dataset lie
-                for unfinished in folder.glob(f"{below}{UNFINISHED}{kind}-*"):
+            for subfolders in ("", "sub-*/**/"):  # results of a BIDS dataset are in sub-*
+                for unfinished in folder.glob(f"{subfolders}{UNFINISHED}{kind}-*"):
                     shutil.rmtree(unfinished, ignore_errors=True)
         idist.barrier()  # before others write
         with unfinished_named(kind):

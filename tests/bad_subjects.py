@@ -316,11 +316,11 @@ def hdf5_beside_images(folder: Path, subject: str) -> None:
 
 
 CANT_READ = r"can't be read \(.+\); copy or convert the file again$"
-NO_FILE = r"is no file, but a folder, a link to nowhere or the like; put the image itself there$"
+NO_FILE = r"isn't a file, but a folder, a broken link or the like; put the image itself there$"
 OTHER_PLACE = r"its affine differs from that of .*-T1.nii.gz; register and resample it to T1$"
-NOT_ONE = r"isn't a 3-D volume; give one volume a file$"
+NOT_ONE = r"isn't a 3-D volume; give one volume per file$"
 NOT_FINITE = r"has NaN or infinite values; replace them, outside the brain by 0$"
-UNPRINTABLE = r": its name has a line break or the like in it; rename it$"
+UNPRINTABLE = r": its name has a line break or another unprintable character; rename it$"
 TOO_LARGE = r"is larger than a brain scan; copy or convert it again$"
 WRONG_VOXELS = r"mm isn't that of a brain scan; correct its header or convert it again$"
 NOT_SQUARE = r"its affine is sheared, far from right angles; resample it to a grid without shear$"
@@ -436,7 +436,7 @@ VALUES = [
     Case(
         "beyond-float32",
         with_values(t2=np.where(T1, T2 * 1e-3, 3e38).astype(np.float32)),
-        "-T1.nii.gz: T1 or T2 of this subject has values that float32 can't hold at the scale of its brain; give the",
+        "-T1.nii.gz: T1 or T2 of this subject has values too large for float32 at the scale of its brain; give the",
     ),
     Case("rgb", replaced("T1", rgb()), "-T1.nii.gz: has colours or complex numbers; give the scan, with one"),
     Case("complex", with_values(t2=T2 * (1 + 1j)), "-T2.nii.gz: has colours or complex numbers; give the scan"),

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from scripts.commands.compare_recipes import RECIPES
 from scripts.commands.phantom import phantom
 from scripts.commands.shared import CONFIGS, bundle_command
-from scripts.data.subjects import Dataset, Subject
+from scripts.data.subjects import Subject, SubjectFolder
 from scripts.errors import InputError, require_true_or_false, require_whole_numbers
 from scripts.files import ROOT, whole_files
 from scripts.inference.precision import MixedPrecisionInferer, network_precision
@@ -343,7 +343,7 @@ def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]
     times = re.search(r"time: ([\d.]+) s to start up, then ([\d.]+) s \w+ subject, (.*)", finished.stdout)
     return [
         {
-            "subjects": len(Dataset(str(dataset_dir)).to_segment()),
+            "subjects": len(SubjectFolder(str(dataset_dir)).to_segment()),
             "seconds": seconds,
             "start-up, s": float(times[1]),
             "seconds per subject": float(times[2]),
@@ -354,8 +354,8 @@ def end_to_end(dataset_dir: Path, output_dir: Path, precision: str) -> list[Row]
 
 
 def labeled_subject(dataset_dir: str) -> Subject:
-    """Return the first labelled subject of a folder; raise InputError if there is none, or as `Dataset`."""
-    dataset = Dataset(dataset_dir)
+    """Return the first labelled subject of a folder; raise InputError if there is none, or as `SubjectFolder`."""
+    dataset = SubjectFolder(dataset_dir)
     labeled = [subject for subject in dataset.require_good() if "label" in subject]
     dataset.require(labeled, "measure")
     return labeled[0]

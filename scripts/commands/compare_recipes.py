@@ -19,7 +19,7 @@ from monai.utils import ensure_tuple
 from torch.utils.benchmark import timer
 
 from scripts.commands.shared import CONFIGS, TITLES, config_files, mean_cells, require_same_options, run_task
-from scripts.data.subjects import Dataset, Ids
+from scripts.data.subjects import Ids, SubjectFolder
 from scripts.errors import InputError, require_whole_numbers
 from scripts.files import ROOT, whole_files
 from scripts.results.metrics import mean_and_deviation
@@ -64,7 +64,7 @@ def compare_recipes(
     require_whole_numbers(1, seeds=seeds)
     if isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes <= 0:
         raise InputError(f"--minutes {minutes}: must be a number above 0")
-    dataset = Dataset(dataset_dir)
+    dataset = SubjectFolder(dataset_dir)
     dataset.require(dataset.training(val_subjects), "train")
     dataset.require(dataset.validation(val_subjects), "validate")
     recipes = _chosen_recipes(names)

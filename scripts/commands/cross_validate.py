@@ -12,7 +12,7 @@ from monai.bundle.utils import EXPR_KEY, ID_REF_KEY, MACRO_KEY
 from monai.utils import ensure_tuple
 
 from scripts.commands.shared import config_files, require_same_options, run_task
-from scripts.data.subjects import Dataset, natural_order
+from scripts.data.subjects import SubjectFolder, natural_order
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.results.metrics import mean_and_deviation
@@ -76,7 +76,7 @@ def cross_validate(
     files = config_files(overlays)
     configs = {task: ConfigParser.load_config_files(paths) for task, paths in files.items()}
     settings_of = _settings_by_task(settings, configs)
-    dataset = Dataset(dataset_dir)
+    dataset = SubjectFolder(dataset_dir)
     labeled = dataset.training(())
     dataset.require(labeled, "train")
     for subject in labeled:

@@ -6,7 +6,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.errors import InputError, require_whole_numbers
-from scripts.files import made_already, whole_files
+from scripts.files import already_written, whole_files
 from scripts.results.label_images import write_analyze
 from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
 from scripts.synthesis.phantom_brains import label_map
@@ -37,7 +37,7 @@ def phantom(output_dir: str, subjects: int = 6, unlabeled: int = 1, seed: int = 
         description = f"phantom version {VERSION} seed {seed} subject {number}"
         if number > subjects and (surplus := Path(output_dir) / f"subject-{number}-label.hdr").exists():
             raise InputError(f"{surplus}: subject {number} must have no label; choose another --output_dir")
-        if made_already([Path(output_dir) / f"subject-{number}-{kind}.hdr" for kind in kinds], description):
+        if already_written([Path(output_dir) / f"subject-{number}-{kind}.hdr" for kind in kinds], description):
             continue
         rng = np.random.default_rng([seed, number])
         label = label_map(rng)

@@ -9,7 +9,7 @@ from monai.transforms import Compose, CropForegroundd, Orientationd, Spacingd
 from tqdm import tqdm
 
 from scripts.data.checks import require_found_brain
-from scripts.data.subjects import Dataset, Ids, Subject
+from scripts.data.subjects import Ids, Subject, SubjectFolder
 from scripts.data.transforms import LoadSubjectd, NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.files import whole_files
@@ -81,7 +81,7 @@ def prepare_hdf5(dataset_dir: str, output_dir: str, val_subjects: Ids = (9,)) ->
 
     Raises:
         InputError: a subject has a file in the other folder, or another file with its name exists; no subject is
-            labelled; or as `Dataset.validation`, `LoadSubjectd`, `NormalizeByT1Maskd` and `require_found_brain`.
+            labelled; or as `SubjectFolder.validation`, `LoadSubjectd`, `NormalizeByT1Maskd` and `require_found_brain`.
     """
     output = Path(output_dir)
     if output.resolve().is_relative_to(Path(dataset_dir).resolve()):
@@ -89,7 +89,7 @@ def prepare_hdf5(dataset_dir: str, output_dir: str, val_subjects: Ids = (9,)) ->
             f"{output_dir}: lies in the dataset, which would then have each subject twice; "
             f"choose an --output_dir outside {dataset_dir}"
         )
-    dataset = Dataset(dataset_dir)
+    dataset = SubjectFolder(dataset_dir)
     training, validation = dataset.training(val_subjects), dataset.validation(val_subjects)
     dataset.require([*training, *validation], "train")
     planned = [(subject, TRAINING_FOLDER, VALIDATION_FOLDER) for subject in training]

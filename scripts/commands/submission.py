@@ -8,7 +8,7 @@ import nibabel as nib
 import numpy as np
 from tqdm import tqdm
 
-from scripts.data.subjects import Dataset, Ids, find_labels
+from scripts.data.subjects import Ids, SubjectFolder, find_labels
 from scripts.data.volumes import read_volume, require_same_grid
 from scripts.errors import InputError
 from scripts.files import add_to_zip, whole_files
@@ -79,7 +79,7 @@ def submission(predictions: str, dataset_dir: str, output: str, subjects: Ids = 
     predictions, dataset_dir, output = str(predictions), str(dataset_dir), str(output)
     if Path(output).exists():
         raise InputError(f"{output}: already exists; choose another --output")
-    dataset = Dataset(dataset_dir)
+    dataset = SubjectFolder(dataset_dir)
     chosen = dataset.to_segment(subjects)
     dataset.require(chosen, "segment")
     t1_paths = {subject["subject"]: subject["image"][0] for subject in chosen}

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from scripts.errors import InputError, require_whole_numbers
-from scripts.files import made_already, whole_files
+from scripts.files import already_written, whole_files
 from scripts.results.tables import markdown_table
 from scripts.synthesis.contrast import APPEARANCES, histogram_overlap, six_month_subject
 from scripts.synthesis.label_maps import find_label_maps, label_map_name, read_label_map, require_different_names
@@ -55,7 +55,7 @@ def synthesize(
         files = {kind: Path(output_dir) / f"subject-{subject}-{kind}.nii.gz" for kind in ("T1", "T2", "label")}
         content = hashlib.sha256(brain.label.tobytes()).hexdigest()[:12]
         description = f"synthetic {contrast} seed {seed} draw {draw + 1} of label map {content}"
-        if made_already(files.values(), description):
+        if already_written(files.values(), description):
             continue
         rng = np.random.default_rng([seed, draw, *brain.name.encode()])
         volumes = six_month_subject(brain.label, APPEARANCES[contrast](brain.label, rng), rng)

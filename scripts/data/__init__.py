@@ -1,1 +1,1 @@
-"""From a folder of subjects to the array that the network takes."""
+"""Data: from a folder of subjects to the input of the network."""

@@ -1,7 +1,7 @@
-"""BIDS datasets: which files make up a subject, and what its results are called in a derivative dataset.
+"""BIDS datasets: which files make up a subject.
 
-Each T1w with its T2w is a subject of its own, so each session is one, and in it each run. Its id is the name of the T1w
-without `desc`, suffix and extension, such as `sub-01_ses-02_run-1`.
+Each T1w with its T2w is a subject, so each session and each run in it is one. The id is the name of the T1w without
+`desc`, suffix and extension, such as `sub-01_ses-02_run-1`.
 """
 
 import json
@@ -19,17 +19,17 @@ FILE_NAME = re.compile(
     r"(?P<entities>sub-[0-9a-zA-Z+]+(_[0-9a-zA-Z]+-[0-9a-zA-Z+]+)*)_(?P<suffix>T1w|T2w|mask)\.nii(\.gz)?"
 )
 EXPECTED_NAMES = "sub-<label>/[ses-<label>/]anat/*_T1w.nii.gz with *_T2w.nii.gz"
-# of several versions of a scan the first that is there; any other `desc` comes last
+# the `desc` of versions of a scan, the preferred first; any other `desc` comes last
 VERSIONS = ("brain", "preproc", None)
-# grids of the subject's own; scans that were warped to a template are passed over
+# spaces of the subject itself; scans warped to a template are skipped
 OWN_SPACES = (None, "orig", "T1w", "T2w")
-LARGEST_JSON = 10 * 2**20  # bytes; what stands beside a scan has some thousand
+LARGEST_JSON = 10 * 2**20  # bytes; the file beside a scan has a few thousand
 
 
 class BidsSubject(TypedDict):
-    """The files of a subject as `scripts.data.subjects.Subject` has them, and where they lie.
+    """The files of a subject as in `scripts.data.subjects.Subject`, and their folder.
 
-    `anat` is their folder from the dataset on, such as `sub-01/ses-02/anat`; `mask` is a brain mask, if there is one.
+    `anat` is the folder relative to the dataset, such as `sub-01/ses-02/anat`; `mask` is a brain mask, if there is one.
     """
 
     subject: str
@@ -57,7 +57,7 @@ class _Scan:
 
     @property
     def key(self) -> tuple[tuple[str, str], ...]:
-        """By which the T1w, the T2w and the mask that belong together are alike."""
+        """The entities in which a T1w, its T2w and its mask agree."""
         return tuple(sorted(pair for pair in self.entities.items() if pair[0] not in ("desc", "space", "part")))
 
     @property
@@ -71,17 +71,17 @@ class _Scan:
 
 
 def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, str | InputError]]:
-    """All subjects in the `anat` folders of a BIDS dataset, raw or derivative.
+    """Return all subjects in the `anat` folders of a BIDS dataset, raw or derivative.
 
-    Nothing else is looked into, so `derivatives`, `sourcedata`, `code` and files named otherwise are passed over.
+    Other folders, such as `derivatives`, `sourcedata` and `code`, and files with other names are skipped.
 
     Args:
-        dataset_dir: the folder of the dataset. It needn't exist.
+        dataset_dir: the folder of the dataset, which needn't exist.
 
     Returns:
-        The subjects, and by id the reason why others that have a T1w or a T2w aren't among them. It is an InputError
-            where a folder or a JSON file can't be read, and, of a whole session, where a file is another subject's or
-            session's, or is there both as `.nii` and as `.nii.gz`.
+        The subjects, and by id the reasons why others with a T1w or T2w are left out. A reason is an InputError if a
+        folder or a JSON file can't be read. It is one for a whole session if a file belongs to another subject or
+        session, or exists both as `.nii` and as `.nii.gz`.
     """
     root = Path(dataset_dir)
     subjects: list[BidsSubject] = []
@@ -90,7 +90,7 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
     for folder in (*root.glob("sub-*/"), *root.glob("sub-*/ses-*/"), *anats):
         if not _can_be_read(folder):
             session = "_".join(part for part in folder.relative_to(root).parts if part != "anat")
-            left_out[session] = InputError(f"{folder}: can't be read; allow it, or take the folder away")
+            left_out[session] = InputError(f"{folder}: can't be read; allow it, or remove the folder")
     for anat in anats:
         session = "_".join(anat.relative_to(root).parts[:-1])
         if session in left_out:
@@ -105,44 +105,50 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
         if t2s and not t1s:
             left_out[session] = "has no T1w"
         for t1 in t1s:
-            t2 = _partner(t1, t1s, t2s)
-            own_masks = _masks_of(t1, masks)
-            mask = own_masks[0] if own_masks else None
-            try:
-                stripped = mask or not any(_says_not_skull_stripped(scan.path) for scan in (t1, t2) if scan)
-            except InputError as error:
-                left_out[t1.subject] = error
+            t2, own_masks = _partner(t1, t1s, t2s), _masks_of(t1, masks)
+            if reason := _reason_to_leave_out(t1, t2, own_masks, (*t1s, *t2s)):
+                left_out[t1.subject] = reason
                 continue
-            if t2 is None:
-                names = ", ".join(scan.path.name for scan in (*t1s, *t2s))
-                left_out[t1.subject] = (
-                    f"has no T2w that is clearly its own in {names}; name the two alike" if t2s else "has no T2w"
-                )
-            elif len(own_masks) > 1:
-                left_out[t1.subject] = (
-                    f"has {' and '.join(scan.path.name for scan in own_masks)}; keep the one on the grid of "
-                    f"{t1.path.name}, or name it as that: with its space-, or without one"
-                )
-            elif not mask and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
-                left_out[t1.subject] = (
-                    f"has only one of {t1.path.name} and {t2.path.name} as desc-brain; strip both scans, or put a mask "
-                    "beside them, named as the T1w but desc-brain_mask"
-                )
-            elif not stripped:
-                left_out[t1.subject] = (
-                    "isn't skull-stripped, as its .json says; put a mask beside it, named as the T1w but "
-                    "desc-brain_mask, or a skull-stripped T1w and T2w named desc-brain"
-                )
-            else:
-                subject: BidsSubject = {
-                    "subject": t1.subject,
-                    "image": [str(t1.path), str(t2.path)],
-                    "anat": anat.relative_to(root).as_posix(),
-                }
-                if mask:
-                    subject["mask"] = str(mask.path)
-                subjects.append(subject)
+            subject: BidsSubject = {
+                "subject": t1.subject,
+                "image": [str(t1.path), str(t2.path)],
+                "anat": anat.relative_to(root).as_posix(),
+            }
+            if own_masks:
+                subject["mask"] = str(own_masks[0].path)
+            subjects.append(subject)
     return subjects, left_out
+
+
+def _reason_to_leave_out(
+    t1: _Scan, t2: _Scan | None, masks: Collection[_Scan], scans: Collection[_Scan]
+) -> str | InputError | None:
+    """Why a T1w with its T2w and masks isn't a subject; `scans` are all T1w and T2w of the session."""
+    try:
+        unstripped = not masks and any(_marked_unstripped(scan.path) for scan in (t1, t2) if scan)
+    except InputError as error:
+        return error
+    if t2 is None and all(scan.suffix == "T1w" for scan in scans):
+        return "has no T2w"
+    if t2 is None:
+        names = ", ".join(scan.path.name for scan in scans)
+        return f"has no T2w that is clearly its own in {names}; name the two alike"
+    if len(masks) > 1:
+        return (
+            f"has {' and '.join(scan.path.name for scan in masks)}; keep the one on the grid of {t1.path.name}, or "
+            "name it like that scan: with its space-, or without one"
+        )
+    if not masks and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
+        return (
+            f"has only one of {t1.path.name} and {t2.path.name} as desc-brain; strip both scans, or put a mask beside "
+            "them, named like the T1w but desc-brain_mask"
+        )
+    if unstripped:
+        return (
+            "isn't skull-stripped, as its .json says; put a mask beside it, named like the T1w but desc-brain_mask, or "
+            "a skull-stripped T1w and T2w named desc-brain"
+        )
+    return None
 
 
 def _can_be_read(folder: Path) -> bool:
@@ -155,7 +161,7 @@ def _can_be_read(folder: Path) -> bool:
 
 
 def _scans(anat: Path, session: str) -> Iterator[_Scan]:
-    """T1w, T2w and masks in the folder of a session, such as `sub-01_ses-02`; InputError where one can't be there."""
+    """T1w, T2w and masks in the folder of a session, such as `sub-01_ses-02`; InputError if one is misplaced."""
     found: dict[str, Path] = {}
     for path in sorted(anat.iterdir()):
         name = FILE_NAME.fullmatch(path.name)
@@ -165,20 +171,20 @@ def _scans(anat: Path, session: str) -> Iterator[_Scan]:
         if named != session:
             raise InputError(f"{path}: its name says {named}, its folder {session}; move or rename it")
         if other := found.get(path.name.removesuffix(".gz")):
-            raise InputError(f"{path}: {other} is there as well; keep one of the two")
+            raise InputError(f"{path}: {other} exists as well; keep one of the two")
         found[path.name.removesuffix(".gz")] = path
         yield _Scan(path, name["entities"], name["suffix"])
 
 
 def _best_versions(scans: Collection[_Scan]) -> list[_Scan]:
-    """Of scans that differ in `desc` the one of the preferred; all of them where two are equally good."""
+    """Of scans that differ only in `desc`, the preferred version; several if they are equally good."""
     return [scan for scan in scans if scan.version == min(other.version for other in scans if other.key == scan.key)]
 
 
 def _masks_of(t1: _Scan, masks: Collection[_Scan]) -> list[_Scan]:
-    """The brain masks of a T1w: the one in its space, else all, of which several can't be told apart."""
+    """The brain masks of a T1w: those in its space, else all. More than one is ambiguous."""
     own = [mask for mask in masks if mask.key == t1.key]
-    for unnamed in (None, "T1w"):  # a T1w is in its own space, whether its name says so or not
+    for unnamed in (None, "T1w"):  # a T1w without space- is in space-T1w
         space = t1.entities.get("space", unnamed)
         if in_its_space := [mask for mask in own if mask.entities.get("space", unnamed) == space]:
             return in_its_space
@@ -186,46 +192,50 @@ def _masks_of(t1: _Scan, masks: Collection[_Scan]) -> list[_Scan]:
 
 
 def _partner(t1: _Scan, t1s: Collection[_Scan], t2s: Collection[_Scan]) -> _Scan | None:
-    """The T2w of a T1w: with equal entities, else the only one of the only T1w of this run, else of the session."""
-    ways: tuple[Callable[[_Scan], Any], ...] = (
+    """The T2w of a T1w: with equal entities, else the only pair of this run, else the only pair of the session."""
+    criteria: tuple[Callable[[_Scan], Any], ...] = (
         lambda scan: scan.key,
         lambda scan: scan.entities.get("run"),
         lambda scan: None,
     )
-    for way in ways:
-        rivals, partners = ([scan for scan in scans if way(scan) == way(t1)] for scans in (t1s, t2s))
+    for criterion in criteria:
+        rivals, partners = ([scan for scan in scans if criterion(scan) == criterion(t1)] for scans in (t1s, t2s))
         if len(rivals) == len(partners) == 1:
             return partners[0]
     return None
 
 
-def _says_not_skull_stripped(path: Path) -> bool:
-    """Whether the JSON file beside an image says so; derivative datasets must."""
+def _marked_unstripped(path: Path) -> bool:
+    """Whether the JSON file beside an image says that it isn't skull-stripped; derivative datasets must say so."""
     sidecar = read_json(path.parent / f"{path.name.split('.')[0]}.json")
     return isinstance(sidecar, dict) and sidecar.get("SkullStripped") is False
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file of a dataset holds; None where it isn't there, isn't JSON or is far too large.
+    """Return the content of a JSON file of a dataset; None if it doesn't exist, isn't JSON or is far too large.
 
     Raises:
-        InputError: it is there and may not be read.
+        InputError: it exists and reading isn't allowed.
     """
     try:
         if not path.is_file() or path.stat().st_size > LARGEST_JSON:  # reading a pipe would never end
             return None
         return json.loads(path.read_bytes())
-    except (ValueError, RecursionError):  # it may be nested too deep
+    except (ValueError, RecursionError):  # RecursionError: nested too deep
         return None
     except OSError as error:
-        raise InputError(f"{path}: can't be read ({error.strerror}); allow it, or take the file away") from error
+        raise InputError(f"{path}: can't be read ({error.strerror}); allow it, or remove the file") from error
 
 
 def needed_files(names: Collection[str]) -> set[str]:
-    """Of the files of a dataset, by their paths from its folder, those that subjects are made of.
+    """Return the files that make up the subjects of a dataset.
 
-    Of a BIDS dataset these are T1w, T2w and masks with their JSON files, and what lies at the top, which describes the
-    dataset; of another one all that aren't in `derivatives`.
+    Args:
+        names: all files of the dataset, as paths relative to it.
+
+    Returns:
+        In a BIDS dataset, T1w, T2w and masks with their JSON files, and the files at the top, which describe the
+        dataset. In any other, all files outside `derivatives`.
     """
     paths = {name: PurePath(name) for name in names}
     anat = {name for name, path in paths.items() if path.parts[0].startswith("sub-") and path.parent.name == "anat"}

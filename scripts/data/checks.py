@@ -1,4 +1,4 @@
-"""Whether T1, T2 and label of a subject can be what they should be, and belong together."""
+"""Checks that T1, T2 and label of a subject are plausible and belong together."""
 
 import logging
 from collections.abc import Iterable
@@ -10,17 +10,19 @@ from scripts.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-# ml, CSF included; a scan that wasn't skull-stripped has more above 0: the head, and noise in the air around it
+# ml, with CSF; without skull-stripping more is above 0: the head, and noise in the air around it
 LARGEST_BRAIN = 2000
-# share of the brain that may be without T2, where a label would be a guess: more than two masks of one brain differ by;
-# the report warns of less
+# largest share of the brain without T2, where a label would be a guess; two masks of one brain differ by less, and the
+# report warns of less
 LARGEST_SHARE_WITHOUT_T2 = 0.25
-# share of a label that may lie outside the brain; of more than a fifth of this a warning is given
+# largest share of a label outside the brain; a fifth of it gives a warning
 LARGEST_SHARE_OUTSIDE = 0.25
 
 
 def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
-    """Refuse a subject whose brain the published HDF5 layout can't convey: there T1's lowest value is background.
+    """Refuse a subject unless its brain can be told from the background in the published HDF5 layout.
+
+    That layout has no mask: the background is T1's lowest value, found in the corners.
 
     Args:
         t1: (X, Y, Z), with background 0.
@@ -39,24 +41,24 @@ def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
 
 
 def require_label_of_brain(label: np.ndarray, t1: np.ndarray, path: str) -> None:
-    """Refuse a label (X, Y, Z) with much of its tissues outside the brain of T1, by InputError; warn of some."""
+    """Raise InputError if much of a label (X, Y, Z) is outside the brain of T1; warn of a smaller share."""
     outside = np.count_nonzero(label[t1 <= 0]) / max(1, np.count_nonzero(label))
-    told = f"{path}: {outside:.0%} of the label lies outside the brain of T1; check that the two belong together"
+    message = f"{path}: {outside:.0%} of the label lies outside the brain of T1; check that the two belong together"
     if outside > LARGEST_SHARE_OUTSIDE:
-        raise InputError(told)
+        raise InputError(message)
     if outside > LARGEST_SHARE_OUTSIDE / 5:
-        logger.warning(told)
+        logger.warning(message)
 
 
 def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
-    """Refuse a T1 (X, Y, Z) that is above 0 nowhere, everywhere or in a whole head, or below 0 in many voxels.
+    """Refuse a T1 (X, Y, Z) that isn't skull-stripped.
 
     Raises:
-        InputError: it is so.
+        InputError: it is above 0 nowhere, everywhere or in a whole head, or below 0 in many voxels.
     """
     brain = np.count_nonzero(t1 > 0)
     if not brain:
-        raise InputError(f"{path}: T1 is nowhere above 0, so there is no brain in it; give a skull-stripped T1")
+        raise InputError(f"{path}: T1 is nowhere above 0, so it has no brain; give a skull-stripped T1")
     volume = brain * abs(np.linalg.det(affine[:3, :3])) / 1000
     if volume > LARGEST_BRAIN:
         raise InputError(
@@ -77,22 +79,22 @@ def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
 
 
 def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, path: str) -> None:
-    """Refuse a T2 (X, Y, Z) that shows little of the brain of T1, by InputError.
+    """Raise InputError if T2 has no values in much of the brain of T1.
 
     Args:
         t1: (X, Y, Z), 0 outside the brain.
-        t2: likewise, stripped or not.
+        t2: (X, Y, Z), skull-stripped or not.
         path: of T2, for the message.
     """
     missing = np.mean(~has_values(t1, t2))
     if missing > LARGEST_SHARE_WITHOUT_T2:
         raise InputError(
-            f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and give both one mask"
+            f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and mask both alike"
         )
 
 
 def require_contrast(spreads: Iterable[float], t1_path: str) -> None:
-    """Refuse a subject whose T1 or T2 doesn't vary inside the brain, by InputError; NaN counts as no spread."""
+    """Raise InputError if T1 or T2 is constant inside the brain: its spread isn't above 0, or is NaN."""
     for name, spread in zip(("T1", "T2"), spreads, strict=True):
         if not spread > 0:
             raise InputError(

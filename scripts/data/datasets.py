@@ -1,4 +1,4 @@
-"""Datasets that are prepared once, and batches that are made ahead."""
+"""Datasets that are prepared once, and loaders that prepare batches ahead."""
 
 import atexit
 import contextlib
@@ -36,18 +36,18 @@ _locks: list[FileLock] = []  # of the caches of this process
 
 
 def _first_random(transform: Compose) -> int | None:
-    """Place of the first random transform; those before it are done once."""
+    """Index of the first random transform; those before it run once per subject."""
     return transform.get_index_of_first(lambda t: isinstance(t, RandomizableTrait))
 
 
 def _prepared_bytes(item: Any, transform: Compose) -> int:
-    """Memory of a subject after the transforms that aren't random."""
+    """Memory of a subject after the transforms before the first random one."""
     prepared = transform(item, end=_first_random(transform))
     return sum(value.nbytes for value in prepared.values() if isinstance(value, torch.Tensor))
 
 
-class Draw(int):
-    """The index of a subject, and the seed of what is random in a patch of it."""
+class PatchDraw(int):
+    """The index of a subject, with the seed for the random transforms of one patch."""
 
     def __new__(cls, subject: int, seed: int) -> Self:
         draw = super().__new__(cls, subject)
@@ -58,20 +58,20 @@ class Draw(int):
         return int(self), self.seed
 
 
-class _SeededDraws:
-    """Of a dataset: a `Draw` gives the same patch whichever worker or process cuts it, and whatever was cut before."""
+class _SeededPatches:
+    """Mixin of a dataset: a `PatchDraw` gives the same patch in any worker or process, whatever was cut before."""
 
     def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, Draw):
+        if isinstance(index, PatchDraw):
             self.transform.set_random_state(index.seed)
         return super().__getitem__(index)
 
 
-class _InMemory(_SeededDraws, CacheDataset):
+class _InMemory(_SeededPatches, CacheDataset):
     pass
 
 
-class _OnDisk(_SeededDraws, PersistentDataset):
+class _OnDisk(_SeededPatches, PersistentDataset):
     pass
 
 
@@ -83,20 +83,23 @@ def cached_dataset(
     in_memory: bool | None = None,
     fallback: Sequence[Any] = (),
 ) -> Dataset:
-    """Subjects that are loaded and prepared once: kept in memory if half of what is available holds them, else on disk.
+    """Return a dataset that loads and prepares each subject once, and keeps it in memory or on disk.
 
     Args:
         data: the subjects.
-        transform: what prepares them; from its first random transform on it is applied anew each time, and these
-            transforms must leave what they are given unchanged, as MONAI's do: in memory they get it uncopied.
-        cache_dir: folder for the cache on disk, which is made for this process and removed when it ends; those of
+        transform: prepares a subject. Its first random transform and those after it run each time. They must not
+            change their input, as MONAI's don't: in memory they get it uncopied.
+        cache_dir: the folder for a cache on disk. The cache is this process's own and is removed when it ends; those of
             killed processes are removed first.
-        num_workers: threads that prepare.
-        in_memory: whether to keep them in memory; None decides by the first subject's size.
-        fallback: the subjects that are taken where `data` has none: those of training, where none is left to validate.
+        num_workers: threads that prepare subjects.
+        in_memory: whether to keep subjects in memory; None does if half of the available memory is enough, judged by
+            the first subject.
+        fallback: used if `data` is empty: the training subjects, if none is left to validate.
     """
     if not data and fallback:
-        logger.warning("none is left to validate: those that train (%d) do, so scores are too high", len(fallback))
+        logger.warning(
+            "no subject is left to validate: the training subjects (%d) are used, so scores are too high", len(fallback)
+        )
         data = fallback
     if in_memory is None:
         needed = len(data) * _prepared_bytes(data[0], transform) if data else 0
@@ -110,19 +113,20 @@ def cached_dataset(
     folder = _cache_folder(cache_dir)
     logger.info("prepared subjects are kept in %s until the end", folder)
     dataset = _OnDisk(data, transform, cache_dir=folder)
-    # here and now: processes that prepared one subject at the same time would read what another has half written
+    # now and in one process: another could read a file that is half written
     for index in trange(len(dataset), desc="Loading dataset"):
         dataset[index]
     return dataset
 
 
 def _cache_folder(parent: str) -> str:
-    """A folder of this process's own; those of processes that were killed are removed.
+    """Create a folder for this process, and remove those of killed processes.
 
-    Each is locked while its process lives, and has its name once it is. Where there are no locks none is removed.
+    A folder is locked before it gets its name and while its process lives. On a file system without locks no folder is
+    removed.
     """
     Path(parent).mkdir(parents=True, exist_ok=True)
-    for lock in Path(parent).glob(f".cache-*/{LOCK}"):  # others of that name are somebody else's
+    for lock in Path(parent).glob(f".cache-*/{LOCK}"):  # without a lock file, it is another program's
         with contextlib.suppress(Timeout, OSError), FileLock(lock, timeout=0, fallback_to_soft=False):
             shutil.rmtree(lock.parent, ignore_errors=True)
     made = Path(tempfile.mkdtemp(prefix=UNFINISHED, dir=parent))
@@ -135,17 +139,17 @@ def _cache_folder(parent: str) -> str:
 
 
 def _compute_on_one_core() -> None:
-    """Keep the present thread to one core; the caller has to set the number again that the others shall have."""
+    """Limit the present thread to one core; the caller must then reset the number for other threads."""
     torch.set_num_threads(1)
-    torch.get_num_threads()  # a thread takes the number when it first asks for it, and keeps it
+    torch.get_num_threads()  # a thread keeps the number that it first reads
 
 
 def feeding_processes(device: torch.device | str) -> int:
-    """Processes that cut patches for the network of this process.
+    """Return how many processes should cut patches for the network of this process.
 
-    None where it is on the CPU, whose cores it needs itself: a thread is enough. For a GPU, which would wait for one,
-    all cores but one, up to 16; the processes that `torchrun` starts on a machine share them. None on other systems
-    than Linux: there each process would have a copy of the subjects.
+    0 on a CPU: the network needs its cores, and a thread is enough. For a GPU, all cores but one, up to 16, divided
+    among the processes that `torchrun` starts on a machine. 0 on systems other than Linux, where each process would
+    copy the subjects.
     """
     if torch.device(device).type == "cpu" or not hasattr(os, "sched_getaffinity"):
         return 0
@@ -154,20 +158,19 @@ def feeding_processes(device: torch.device | str) -> int:
 
 
 class ReadAheadDataLoader(DataLoader):
-    """MONAI's DataLoader, but the next batch is made while the present one is in use: in a thread, or in processes.
+    """MONAI's DataLoader, preparing the next batch in a thread or in processes while the present one is in use.
 
-    Where the network is on the CPU that thread computes on one core: with threads of its own for a computation there
-    would be more of them than cores, and then OpenMP lets all of them sleep at each step of the network, which takes a
-    quarter longer.
+    If the network is on the CPU, the thread computes on one core. With more threads than cores, OpenMP would let all
+    of them sleep at each step of the network, and training would take a quarter longer.
 
-    MONAI's ThreadDataLoader does so too, but an error in its thread only ends the iteration, and the subjects from
-    there on would be missing without a word. Here it is raised where it would be without a thread.
+    In MONAI's ThreadDataLoader, an error in the thread silently ends the iteration, so the remaining subjects are lost.
+    Here the error is raised to the caller.
 
     Args:
-        dataset: as MONAI's.
-        device: where the network is.
-        num_workers: processes that prepare batches; they are kept from epoch to epoch.
-        settings: others of MONAI's DataLoader.
+        dataset: the subjects.
+        device: the device of the network.
+        num_workers: processes that prepare batches; they persist over epochs.
+        settings: further arguments of MONAI's DataLoader.
     """
 
     def __init__(self, dataset: Dataset, device: torch.device | str, num_workers: int = 0, **settings: Any) -> None:
@@ -176,7 +179,7 @@ class ReadAheadDataLoader(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:
         batches = super().__iter__()
-        # processes read ahead themselves; those that an executor's thread had started didn't end when they should
+        # processes read ahead by themselves, and don't end in time if an executor's thread started them
         if self.num_workers > 0:
             yield from batches
             return
@@ -191,23 +194,23 @@ class ReadAheadDataLoader(DataLoader):
                 yield batch
 
     def next_batch(self, batches: Iterator[Any]) -> Any | None:
-        """The next of the batches, or None after the last one."""
+        """Return the next batch, or None after the last one."""
         return next(batches, None)
 
 
 class LenientDataLoader(ReadAheadDataLoader):
-    """ReadAheadDataLoader that passes over subjects that can't be used, and has the reasons in `refused`.
+    """ReadAheadDataLoader that skips subjects that can't be used, and keeps the reasons in `refused`.
 
-    Its length counts them too, so an evaluator needs `BadSubjects` beside it.
+    Its length counts skipped subjects, so its evaluator needs the handler `BadSubjects`.
 
     Args:
         dataset: the subjects.
         stop_at_bad_subject: raise the first InputError instead.
-        num_workers: 0; from processes no InputError comes as it is.
-        settings: others of the DataLoader.
+        num_workers: must be 0: processes don't pass on an InputError unchanged.
+        settings: further arguments of the DataLoader.
 
     Raises:
-        InputError: `num_workers` is another.
+        InputError: `num_workers` isn't 0.
     """
 
     def __init__(
@@ -231,59 +234,55 @@ class LenientDataLoader(ReadAheadDataLoader):
 
 
 class BadSubjects:
-    """Handler for an evaluator with a `LenientDataLoader`: it fails at the end if subjects were bad, and lists them.
+    """Handler for an evaluator with a `LenientDataLoader` that lists bad subjects and then fails, at the end.
 
-    It stands before the handlers that write: they need a subject.
+    It must precede the handlers that write, which need at least one subject.
 
     Args:
-        unread: why other subjects never reached the loader.
+        unread: reasons why other subjects never reached the loader.
     """
 
     def __init__(self, unread: Sequence[str]) -> None:
         self.unread = unread
 
     def attach(self, engine: Engine) -> None:
-        # else ignite would start over to reach the number of subjects
+        # else ignite would start again to reach the number of subjects
         engine.add_event_handler(Events.DATALOADER_STOP_ITERATION, lambda engine: engine.terminate_epoch())
         engine.add_event_handler(Events.EPOCH_COMPLETED, self.end)
 
     def end(self, engine: Engine) -> None:
-        """Refuse at once if no process segmented anything, else when all other handlers are done."""
+        """Fail at once if no process segmented a subject, else after all other handlers."""
         if not any(gathered([engine.state.iteration])):
             self.refuse(engine)
         if not engine.has_event_handler(self.refuse, Events.COMPLETED):
             engine.add_event_handler(Events.COMPLETED, self.refuse)
 
     def refuse(self, engine: Engine) -> None:
-        """List the bad subjects of all processes, if there are any.
-
-        Raises:
-            InputError: there are; if there is one, its reason.
-        """
+        """Raise InputError if any process had bad subjects: with the reason of a single one, else after a list."""
         reasons = list(dict.fromkeys(gathered([*self.unread, *engine.data_loader.refused])))
         if len(reasons) == 1:
             raise InputError(reasons[0])
         for reason in reasons:
             print(f"not segmented: {reason}")
         if reasons:
-            raise InputError(f"{len(reasons)} subjects are not segmented, see above; mend or remove them")
+            raise InputError(f"{len(reasons)} subjects are not segmented, see above; fix or remove them")
 
 
 def epoch_seed(*numbers: int) -> int:
-    """A seed of 32 bits from several numbers, such as a training's own, the epoch and the rank."""
+    """Return a 32-bit seed from several numbers, such as a training's seed, the epoch and the rank."""
     return int(np.random.SeedSequence([number % 2**32 for number in numbers]).generate_state(1)[0])
 
 
 class CropSampler(DistributedSampler):
-    """Which subjects the patches of an epoch are cut from: every subject as often as any other, in random order.
+    """Sampler that draws the subject of each patch of an epoch: all equally often, in random order.
 
-    The order and each patch depend on the seed and the epoch only. Of several processes each draws the same and takes
-    its share, so that a batch of all together has the patches that one process would give it.
+    Order and patches depend only on seed and epoch. Each of several processes draws the same order and takes its share,
+    so that their batches together have the patches of a single process.
 
     Args:
         dataset: the subjects.
-        num_crops: patches an epoch, of all processes together.
-        seed: for another order.
+        num_crops: patches per epoch, over all processes.
+        seed: of order and patches.
     """
 
     def __init__(self, dataset: Dataset, num_crops: int, seed: int) -> None:
@@ -292,8 +291,8 @@ class CropSampler(DistributedSampler):
         self.num_samples = -(-num_crops // ranks)
         self.total_size = self.num_samples * ranks
 
-    def __iter__(self) -> Iterator[Draw]:
+    def __iter__(self) -> Iterator[PatchDraw]:
         generator = torch.Generator().manual_seed(epoch_seed(self.seed, self.epoch))
         order = RandomSampler(self.dataset, num_samples=self.total_size, generator=generator)
         for position, subject in itertools.islice(enumerate(order), self.rank, None, self.num_replicas):
-            yield Draw(subject, epoch_seed(self.seed, self.epoch, position))
+            yield PatchDraw(subject, epoch_seed(self.seed, self.epoch, position))

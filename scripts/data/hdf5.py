@@ -5,13 +5,13 @@ import numpy as np
 
 from scripts.data.checks import require_found_brain
 from scripts.data.volumes import LONGEST_SIDE
-from scripts.errors import InputError, ran_out_of_memory
+from scripts.errors import InputError, refuse_damaged
 from scripts.tissues import tissue_labels
 
 
 def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
-    """Numbers (channels, Z, X, Y) of a dataset (1, channels, Z, X, Y) that the file holds itself."""
-    links = file.id.links  # asking by way of `name in file` would follow a link to another file
+    """The values (channels, Z, X, Y) of a dataset (1, channels, Z, X, Y) stored in the file itself."""
+    links = file.id.links  # `name in file` would follow a link to another file
     if not links.exists(name.encode()):
         raise InputError(f"{file.filename}: has no dataset '{name}'; give a file with 'data' and 'label'")
     if links.get_info(name.encode()).type != h5py.h5l.TYPE_HARD:
@@ -27,7 +27,7 @@ def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
             f"{file.filename}: '{name}' has shape {shape}, not (1, {channels}, Z, X, Y) with sides of 1 to "
             f"{LONGEST_SIDE}; prepare the file again"
         )
-    # HDF5 crashes the process where a chunk has no room for its checksum of 4 bytes
+    # HDF5 crashes the process if a chunk is too short for its checksum of 4 bytes
     least = 5 if dataset.fletcher32 else 1
     if dataset.chunks and dataset.id.chunk_iter(lambda chunk: chunk.size < least or None):
         raise InputError(f"{file.filename}: '{name}' has a chunk without values; copy or prepare the file again")
@@ -37,30 +37,22 @@ def _hdf5_values(file: h5py.File, name: str, channels: int) -> np.ndarray:
 def read_hdf5(path: str) -> tuple[np.ndarray, np.ndarray]:
     """Read a subject from an HDF5 file in the published layout.
 
-    The file has the datasets `data`, (1, 2, Z, X, Y), T1 and T2 after normalisation, and `label`, (1, 1, Z, X, Y), in
-    any number type, chunking and compression that h5py reads, on the axes of an iSeg file (LAS, 1 mm).
+    The file has two datasets with the axes of an iSeg file (LAS, 1 mm): `data`, (1, 2, Z, X, Y), the normalised T1 and
+    T2, and `label`, (1, 1, Z, X, Y). They may have any number type, chunking and compression that h5py reads.
 
     Returns:
-        T1 and T2 as float32 (2, X, Y, Z), each shifted so that the background is 0 as in the scan, but in units of the
-        scan's standard deviation, and labels 0 to 3 as uint8 (X, Y, Z).
+        T1 and T2 as float32 (2, X, Y, Z), in units of the scan's standard deviation and each shifted so that the
+        background is 0; and labels 0 to 3 as uint8 (X, Y, Z).
 
     Raises:
-        InputError: the file can't be read whole, holds something else, keeps its values elsewhere, has NaN or infinite
-            values, or as `tissue_labels` and `require_found_brain`.
+        InputError: the file can't be read whole, has another layout, refers to other files, has NaN or infinite values,
+            or as `tissue_labels` and `require_found_brain`.
     """
-    try:
-        with h5py.File(path, "r") as file:
-            data, label = _hdf5_values(file, "data", channels=2), _hdf5_values(file, "label", channels=1)
-    except InputError:
-        raise
-    except Exception as error:  # what h5py raises for a damaged file depends on where the damage is
-        if ran_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: can't be read ({reason}); copy or prepare the file again") from error
+    with refuse_damaged(path, "copy or prepare the file again"), h5py.File(path, "r") as file:
+        data, label = _hdf5_values(file, "data", channels=2), _hdf5_values(file, "label", channels=1)
     if label.shape[1:] != data.shape[1:]:
         raise InputError(f"{path}: shape {label.shape} of 'label' doesn't fit {data.shape} of 'data'; prepare it again")
-    with np.errstate(over="ignore", invalid="ignore"):  # what has no place in float32 is found below
+    with np.errstate(over="ignore", invalid="ignore"):  # values too large for float32 are refused below
         data = np.moveaxis(data.astype(np.float32), 1, -1)
         image = np.ascontiguousarray(data - data[:, :1, :1, :1])  # the first corner is background
     if not np.isfinite(image).all():

@@ -25,8 +25,8 @@ from fsspec.core import url_to_fs
 from tqdm import tqdm
 
 from scripts.data.bids import needed_files
-from scripts.errors import UNWRITABLE, InputError, require_path
-from scripts.files import UNFINISHED, whole_files
+from scripts.errors import UNWRITABLE, InputError, reason_of, require_path
+from scripts.files import UNFINISHED, is_hidden, whole_files
 
 logger = logging.getLogger(__name__)
 
@@ -225,7 +225,7 @@ class StoredFolder:
             parts = name.split("/")
             if (self.root and name == path) or "\\" in name or not {"", ".", ".."}.isdisjoint(parts):
                 raise StorageError(f"{self.url}: the name {name!r} on it may lead out of the folder; rename the file")
-            if not any(map(_is_hidden, parts)):
+            if not any(map(is_hidden, parts)):
                 found[name] = info
         return found
 
@@ -233,8 +233,8 @@ class StoredFolder:
         """Return the state of each local file that isn't hidden, by its path in the folder."""
         states = {}
         for folder, folders, names in os.walk(self.local):
-            folders[:] = [name for name in folders if not _is_hidden(name)]
-            for path in (Path(folder, name) for name in names if not _is_hidden(name)):
+            folders[:] = [name for name in folders if not is_hidden(name)]
+            for path in (Path(folder, name) for name in names if not is_hidden(name)):
                 with suppress(FileNotFoundError):  # others may remove files meanwhile
                     states[path.relative_to(self.local).as_posix()] = _state(path)
         return states
@@ -306,12 +306,7 @@ class StoredFolder:
 
 
 def _text(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
-
-
-def _is_hidden(name: str) -> bool:
-    """Return whether a file or folder is never copied; `.bidsignore` belongs to a BIDS dataset."""
-    return name.startswith(".") and name != ".bidsignore"
+    return reason_of(error) or type(error).__name__
 
 
 def _md5(path: Path) -> str:

@@ -1,8 +1,8 @@
-"""Which files make up a subject, and which subjects train, validate and are segmented.
+"""Which files make up a subject, and which subjects are for training, validation and segmentation.
 
 A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path]) and, if it has one, `label` (a path).
-Where an HDF5 file in the published layout holds the subject, all three paths are that of the file. Subjects of a BIDS
-dataset have no label, and more in their dict: see `scripts.data.bids.BidsSubject`.
+For a subject in HDF5 in the published layout, all three paths are that of the file. Subjects of a BIDS dataset have no
+label but more keys, see `scripts.data.bids.BidsSubject`.
 """
 
 import logging
@@ -19,6 +19,7 @@ from typing_extensions import NotRequired
 
 from scripts.data import bids
 from scripts.errors import InputError, require_path
+from scripts.files import is_hidden
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,12 @@ EXPECTED_NAMES = (
     "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz, "
     f"or train_iseg_nocut_<id>.h5, or BIDS: {bids.EXPECTED_NAMES}"
 )
-# names of folders, or parts of these, into which a folder of subjects may be divided; MONAI Label has labels/final
-OF_A_KIND = re.compile(r"(?i)(?<![a-z0-9])(t[12]w?|(image|label)s?(tr|ts)?|final)(?![a-z0-9])")
+# words in folder names that state the kind of files in them; MONAI Label has labels/final
+KIND_WORDS = re.compile(r"(?i)(?<![a-z0-9])(t[12]w?|(image|label)s?(tr|ts)?|final)(?![a-z0-9])")
 
 
 class Subject(TypedDict):
-    """The files of a subject; see the head of this module."""
+    """The files of a subject; see the docstring of this module."""
 
     subject: str
     image: list[str]
@@ -46,27 +47,22 @@ Ids = int | str | Collection[int | str]
 
 
 def natural_order(subject: str) -> list[tuple[bool, int, str]]:
-    """Sort key by which subject 9 comes before subject 10."""
+    """Return a sort key by which subject 9 comes before subject 10."""
     return [
         (part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", subject) if part
     ]
 
 
-def _is_hidden(name: str) -> bool:
-    """Whether a file or folder is none of a person's: by a dot, or as systems name their own."""
-    return name.startswith(".") or name in ("__MACOSX", "lost+found", "@eaDir", "#recycle", "$RECYCLE.BIN")
-
-
 def _volume_file(path: Path) -> Path:
-    """The file by which a volume is opened: the header of an Analyze pair, of which both halves must be there.
+    """The file to open for a volume: for an Analyze pair its header, if both halves exist.
 
     Raises:
-        InputError: one isn't, or is no file, or the path can't be shown in one line or written into a table.
+        InputError: a half is missing, the path isn't a file, or messages and tables can't show it in one line.
     """
     if not str(path).isprintable():
-        raise InputError(f"{str(path)!r}: its name has a line break or the like in it; rename it")
+        raise InputError(f"{str(path)!r}: its name has a line break or another unprintable character; rename it")
     if not path.is_file():
-        raise InputError(f"{path}: is no file, but a folder, a link to nowhere or the like; put the image itself there")
+        raise InputError(f"{path}: isn't a file, but a folder, a broken link or the like; put the image itself there")
     header, image = (_with_suffix_like(path, suffix) for suffix in (".hdr", ".img"))
     if path.suffix.lower() not in (".hdr", ".img"):
         return path
@@ -78,46 +74,46 @@ def _volume_file(path: Path) -> Path:
 
 
 def _with_suffix_like(path: Path, suffix: str) -> Path:
-    """`path` with another suffix, in capitals if its own is."""
+    """`path` with another suffix, in capitals if the present one is."""
     return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
 
 
 def _named_files(
-    directory: str, bad: dict[str, InputError], but_in: Collection[str] = ("derivatives",)
+    directory: str, bad: dict[str, InputError], excluded: Collection[str] = ("derivatives",)
 ) -> Iterator[tuple[re.Match[str], Path]]:
-    """Files in a folder and those below it that are named as a subject's; those in a folder of `but_in` aren't.
+    """Files at any depth of a folder that have a subject's name, except in `excluded` folders at its top.
 
-    What folders can't be read, and why, is put into `bad`.
+    Folders that can't be read are added to `bad`, with the reason.
     """
     root = Path(directory)
-    for path in sorted(_below(root, {root / name for name in but_in}, bad)):
+    for path in sorted(_walk(root, {root / name for name in excluded}, bad)):
         if name := FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name):
             yield name, path
 
 
-def _below(root: Path, but: Collection[Path], bad: dict[str, InputError]) -> Iterator[Path]:
-    """All that isn't hidden in a folder and those below it, but for some; what links lead to is entered once."""
+def _walk(root: Path, excluded: Collection[Path], bad: dict[str, InputError]) -> Iterator[Path]:
+    """All files and folders at any depth that aren't hidden or in `excluded`. Links are followed once."""
 
     def note(error: OSError) -> None:
-        remedy = "allow it, or take the folder away"
+        remedy = "allow it, or remove the folder"
         bad[error.filename] = InputError(f"{error.filename}: can't be read ({error.strerror}); {remedy}")
 
     real_root = root.resolve()
-    # neither again, nor by a link that leads up
-    entered, but = {real_root, *real_root.parents}, {path.resolve() for path in but}
-    # a folder that isn't there holds nothing
+    # folders not to enter: the root again, those above it by a link, and the excluded
+    entered = {real_root, *real_root.parents, *(path.resolve() for path in excluded)}
+    # a folder that doesn't exist has no files
     for folder, folders, files in os.walk(root, onerror=note, followlinks=True) if root.is_dir() else ():
-        shown = sorted(name for name in folders if not _is_hidden(name))
-        yield from (Path(folder, name) for name in (*shown, *files) if not _is_hidden(name))
+        visible = sorted(name for name in folders if not is_hidden(name))
+        yield from (Path(folder, name) for name in (*visible, *files) if not is_hidden(name))
         folders.clear()
-        for name in shown:
-            if (real := Path(folder, name).resolve()) not in entered and real not in but:
+        for name in visible:
+            if (real := Path(folder, name).resolve()) not in entered:
                 entered.add(real)
                 folders.append(name)
 
 
 def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError]]:
-    """Files by subject and by kind (T1, T2, LABEL, HDF5), and by subject or folder what is wrong with it."""
+    """Files by subject and kind (T1, T2, LABEL, HDF5), and errors by subject or folder."""
     found: dict[str, dict[str, Path]] = {}
     bad: dict[str, InputError] = {}
     for name, path in _named_files(directory, bad):
@@ -134,10 +130,10 @@ def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str,
 
 
 def find_labels(directory: str) -> dict[str, str]:
-    """The label files in a folder and the folders below it, by subject.
+    """Return the label files at any depth of a folder, by subject.
 
     Raises:
-        InputError: half of an Analyze pair, what is named so but isn't a file, or two files for one volume.
+        InputError: half of an Analyze pair is missing, a name isn't a file, or a volume has two files.
     """
     found, bad = _find_volumes(directory)
     for error in bad.values():
@@ -145,13 +141,13 @@ def find_labels(directory: str) -> dict[str, str]:
     return {subject: str(files["LABEL"]) for subject, files in found.items() if "LABEL" in files}
 
 
-def _place_of_subjects(folder: PurePath) -> list[str]:
-    """The parts of a path, without the words in them that say what kind of file they hold."""
-    return [name for part in folder.parts if (name := OF_A_KIND.sub("", part))]
+def _without_kind_words(folder: PurePath) -> list[str]:
+    """The parts of a path without KIND_WORDS, so that T1/, T2/ and label/ in one folder are equal."""
+    return [name for part in folder.parts if (name := KIND_WORDS.sub("", part))]
 
 
 def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
-    """Make a subject of its files by kind; raise InputError where a file is missing or redundant."""
+    """Make a subject of its files by kind; raise InputError if a file is missing or redundant."""
     if hdf5 := files.pop("HDF5", None):
         for other in files.values():
             raise InputError(f"{hdf5}: subject {subject_id} has {other} as well; keep the HDF5 file or the images")
@@ -163,11 +159,11 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
                 f"put subject-{subject_id}-{modality} beside it"
             )
     for kind, path in files.items():
-        if _place_of_subjects(path.parent) != _place_of_subjects(files["T1"].parent):
+        if _without_kind_words(path.parent) != _without_kind_words(files["T1"].parent):
             risk = "a segmentation" if kind == "LABEL" else "another child's"
             raise InputError(
                 f"{path}: lies elsewhere than {files['T1']}, and may be {risk}; put T1, T2 and label of a subject "
-                f"into one folder, or into T1/, T2/ and label/ in it, and give each subject an id of its own"
+                f"into one folder, or into T1/, T2/ and label/ in it, and give each subject a unique id"
             )
     subject: Subject = {"subject": subject_id, "image": [str(files["T1"]), str(files["T2"])]}
     if "LABEL" in files:
@@ -176,32 +172,32 @@ def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
 
 
 def names_of(subjects: Iterable[Subject]) -> list[str]:
-    """Ids of subjects; of those without one, as MONAI Label gives them, the paths of their images."""
+    """Return the ids of subjects; for those without an id, as from MONAI Label, the paths of their images."""
     return [subject.get("subject", str(subject["image"])) for subject in subjects]
 
 
 def _ids(setting: Ids) -> list[str]:
-    """Ids as text, for one or several: `--val_subjects 9` equals `--val_subjects "[9]"`."""
+    """Ids as text, from one or several: `--val_subjects 9` equals `--val_subjects "[9]"`."""
     return [str(subject_id) for subject_id in ensure_tuple(setting)]
 
 
-class Dataset:
+class SubjectFolder:
     """The subjects in a folder, which is scanned once, when the object is made.
 
-    The folder is a BIDS dataset, as `scripts.data.bids.find_bids_subjects` takes it; or it holds, at any depth, files
-    `subject-<id>-T1`, `-T2` and `-label` (capitals or not), each Analyze (`.hdr` and `.img`) or NIfTI, or
+    The folder is a BIDS dataset, see `scripts.data.bids.find_bids_subjects`, or has files at any depth: Analyze (`.hdr`
+    and `.img`) or NIfTI named `subject-<id>-T1`, `-T2` and `-label` in small or capital letters, or
     `train_iseg_nocut_<id>.h5` for a labelled subject. Hidden files, `__MACOSX` and the folder `derivatives` are
-    skipped. A folder that doesn't exist holds no subjects.
+    skipped. A folder that doesn't exist has no subjects.
 
     Args:
         folder: the folder to scan.
 
     Attributes:
-        subjects: usable subjects by ascending id.
-        bad: why others can't be used, by id or folder: a T1 without its T2 or the reverse, a label without images or
-            in another place, half of an Analyze pair, a name that isn't a file, two files for one volume, images
-            beside an HDF5 file, or a folder that can't be read.
-        left_out: why scans of a BIDS dataset aren't subjects, by id; these are no errors.
+        subjects: usable subjects, by ascending id.
+        bad: errors of unusable subjects, by id or folder: T1 or T2 is missing, a label has no images or lies elsewhere,
+            half of an Analyze pair is missing, a name isn't a file, a volume has two files, images are beside an HDF5
+            file, or a folder can't be read.
+        left_out: why scans of a BIDS dataset aren't subjects, by id; these aren't errors.
         in_bids: whether the folder is a BIDS dataset.
 
     Raises:
@@ -216,8 +212,8 @@ class Dataset:
         of_bids, reasons = bids.find_bids_subjects(folder)
         self.in_bids = bool(of_bids or reasons)
         if self.in_bids:
-            for _, path in _named_files(folder, {}, but_in=("derivatives", "sourcedata", "code")):
-                raise InputError(f"{path}: lies in a BIDS dataset, but isn't named so; keep one layout in a folder")
+            for _, path in _named_files(folder, {}, excluded=("derivatives", "sourcedata", "code")):
+                raise InputError(f"{path}: has no BIDS name, but lies in a BIDS dataset; keep one layout per folder")
             for subject, reason in reasons.items():
                 if isinstance(reason, InputError):
                     self.bad[subject] = reason
@@ -233,7 +229,7 @@ class Dataset:
                 self.bad[subject_id] = error
 
     def require_good(self) -> list[Subject]:
-        """Return all subjects; raise the first InputError of `bad`, if there is any."""
+        """Return all subjects; raise the first InputError of `bad`, if any."""
         for error in self.bad.values():
             raise error
         return self.subjects
@@ -245,15 +241,15 @@ class Dataset:
             InputError: as `require_good`, or the dataset is BIDS.
         """
         held_out = _ids(val_subjects)
-        return [s for s in self._labelable() if "label" in s and s["subject"] not in held_out]
+        return [s for s in self._trainable() if "label" in s and s["subject"] not in held_out]
 
     def validation(self, val_subjects: Ids) -> list[Subject]:
-        """Return the subjects named by `val_subjects`; none where the folder holds none.
+        """Return the subjects named by `val_subjects`; none if the folder has no subjects.
 
         Raises:
-            InputError: one of them isn't there or has no label, or as `training`.
+            InputError: one doesn't exist or has no label, or as `training`.
         """
-        chosen = self._pick(self._labelable(), val_subjects, "val_subjects")
+        chosen = self._pick(self._trainable(), val_subjects, "val_subjects")
         for subject in chosen:
             if "label" not in subject:
                 raise InputError(
@@ -263,15 +259,15 @@ class Dataset:
         return chosen
 
     def to_segment(self, subjects: Ids | None = None, stop_at_bad_subject: bool = True) -> list[Subject]:
-        """Return the subjects to segment, without their labels, and log those that are left out.
+        """Return the subjects to segment, without labels, and log those that are left out.
 
         Args:
-            subjects: ids, or None for all that have no label. In a BIDS dataset `sub-01` or `01` means all sessions
-                and runs of a participant, and `sub-01_ses-02` one session with its runs.
-            stop_at_bad_subject: whether a bad subject is an error; else `reasons_bad` has it.
+            subjects: ids, or None for all without a label. In a BIDS dataset `sub-01` or `01` means all sessions and
+                runs of a participant, and `sub-01_ses-02` one session with its runs.
+            stop_at_bad_subject: whether a bad subject is an error now; `reasons_bad` returns it in any case.
 
         Raises:
-            InputError: a subject isn't there, is left out or is an HDF5 file; or as `require_good`.
+            InputError: a subject doesn't exist, is left out or is an HDF5 file; or as `require_good`.
         """
         if stop_at_bad_subject:
             self.require_good()
@@ -281,27 +277,27 @@ class Dataset:
         if subjects is None:
             return [subject for subject in self.subjects if "label" not in subject]
         good = [subject["subject"] for subject in self.subjects]
-        # names that mean bad subjects alone are reported at the end
-        names = [name for name in _ids(subjects) if self._named(good, name) or not self._named(self.bad, name)]
+        # names that match only bad subjects are reported at the end of the run
+        names = [name for name in _ids(subjects) if self._matches(good, name) or not self._matches(self.bad, name)]
         for name in names:
-            for subject in self._named(left_out, name) if not self._named(good, name) else ():
+            for subject in self._matches(left_out, name) if not self._matches(good, name) else ():
                 raise InputError(f"{self.folder}: subjects names {name}, but {subject} {left_out[subject]}")
         chosen = self._pick(self.subjects, names, "subjects")
         for subject in chosen:
             if subject["image"][0].endswith(".h5"):
                 raise InputError(
-                    f"{subject['image'][0]}: lacks the scan and its grid, on which subject {subject['subject']} would "
-                    f"be segmented; give its T1 and T2 images"
+                    f"{subject['image'][0]}: lacks the scan and its grid, so subject {subject['subject']} can't be "
+                    f"segmented; give its T1 and T2 images"
                 )
         return [{key: value for key, value in subject.items() if key != "label"} for subject in chosen]
 
     def reasons_bad(self, subjects: Ids | None) -> list[str]:
-        """Return why bad subjects can't be used: those named, or all when `subjects` is None."""
-        return [str(self.bad[subject]) for subject in self._meant(self.bad, subjects)]
+        """Return why bad subjects can't be used: those named, or all if `subjects` is None."""
+        return [str(self.bad[subject]) for subject in self._select(self.bad, subjects)]
 
     def reasons_left_out(self, subjects: Ids | None) -> dict[str, str]:
-        """Return why scans of a BIDS dataset are left out, by id: those named, or all when `subjects` is None."""
-        return {subject: self.left_out[subject] for subject in self._meant(self.left_out, subjects)}
+        """Return why scans of a BIDS dataset are left out, by id: those named, or all if `subjects` is None."""
+        return {subject: self.left_out[subject] for subject in self._select(self.left_out, subjects)}
 
     def require(self, chosen: Collection[Subject], purpose: str) -> None:
         """Raise InputError if no subject was chosen.
@@ -313,24 +309,25 @@ class Dataset:
         if chosen:
             return
         if not Path(self.folder).is_dir():
-            raise InputError(f"{self.folder}: no such folder; name the folder of the subjects by --dataset_dir")
+            raise InputError(f"{self.folder}: no such folder; give the folder of the subjects as --dataset_dir")
         if not self.require_good():
             for subject, reason in self.left_out.items():
                 raise InputError(f"{self.folder}: no subject of this BIDS dataset is complete; {subject} {reason}")
             raise InputError(f"{self.folder}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
         labeled = sum("label" in subject for subject in self.subjects)
         remedy = {
-            "train": "training takes the labelled ones that val_subjects doesn't name; add some or name fewer",
+            "train": "training uses labelled subjects that val_subjects doesn't name; add some or name fewer",
             "validate": "val_subjects names none; name at least one labelled subject",
-            "measure": "the first labelled one is taken; name a folder with one",
-            "segment": "by default those without a label are segmented; name others by --subjects \"['9']\"",
+            "measure": "the first labelled subject is used; give a folder with one",
+            "segment": "by default subjects without a label are segmented; name others by --subjects \"['9']\"",
         }[purpose]
         raise InputError(
             f"{self.folder}: no subject left to {purpose} among {len(self.subjects)}, {labeled} of them labelled; "
             f"{remedy}"
         )
 
-    def _labelable(self) -> list[Subject]:
+    def _trainable(self) -> list[Subject]:
+        """All subjects, from a dataset that can have labels; see `training`."""
         if self.in_bids and self.require_good():
             raise InputError(
                 f"{self.folder}: is a BIDS dataset, which can only be segmented; for training and scoring give "
@@ -338,35 +335,35 @@ class Dataset:
             )
         return self.require_good()
 
-    def _named(self, subjects: Iterable[str], name: str) -> list[str]:
-        """Ids that a name means: the id itself; in BIDS, with or without `sub-`, also all ids that begin with it."""
+    def _matches(self, subjects: Iterable[str], name: str) -> list[str]:
+        """The ids that match a name: the equal one; in BIDS all that start with it, with or without `sub-`."""
         if not self.in_bids:
             return [subject for subject in subjects if subject == name]
         beginning = f"sub-{name.removeprefix('sub-')}_"
         return [subject for subject in subjects if f"{subject}_".startswith(beginning)]
 
-    def _meant(self, subjects: Iterable[str], names: Ids | None) -> list[str]:
-        """Ids that one of the names means, or all ids where `names` is None."""
+    def _select(self, subjects: Iterable[str], names: Ids | None) -> list[str]:
+        """The ids that match one of the names, or all if `names` is None."""
         if names is None:
             return list(subjects)
-        meant = {subject for name in _ids(names) for subject in self._named(subjects, name)}
-        return [subject for subject in subjects if subject in meant]
+        matches = {subject for name in _ids(names) for subject in self._matches(subjects, name)}
+        return [subject for subject in subjects if subject in matches]
 
     def _pick(self, subjects: list[Subject], ids: Ids, setting: str) -> list[Subject]:
-        """Subjects with these ids. An id that isn't there is an error, except in a folder without subjects."""
+        """The subjects with these ids. An unknown id is an error, except in a folder without subjects."""
         by_id = {subject["subject"]: subject for subject in subjects}
         chosen: dict[str, Subject] = {}
         for name in _ids(ids) if subjects else ():
-            if not (named := self._named(by_id, name)):
+            if not (matches := self._matches(by_id, name)):
                 raise InputError(
                     f"{self.folder}: {setting} names subject {name}, which isn't there; choose from {', '.join(by_id)}"
                 )
-            chosen |= {subject: by_id[subject] for subject in named}
+            chosen |= {subject: by_id[subject] for subject in matches}
         return list(chosen.values())
 
 
-def place(folder: str) -> tuple[str, PurePath]:
-    """Protocol and path of a folder, so that two names of one place are alike; a plain path is a `file`."""
+def location(folder: str) -> tuple[str, PurePath]:
+    """Return protocol and path of a folder, equal for all names of one folder; a plain path has protocol `file`."""
     require_path(folder)
     protocol, path = split_protocol(folder)
     if protocol in (None, "file", "local"):
@@ -375,21 +372,23 @@ def place(folder: str) -> tuple[str, PurePath]:
 
 
 def require_apart(dataset_dir: str, output_dir: str) -> None:
-    """Refuse to write label images among the subjects, where they would count as true labels the next time.
+    """Refuse to write label images among the subjects, where the next run would take them for true labels.
+
+    Args:
+        dataset_dir, output_dir: paths or URLs.
 
     Raises:
-        InputError: `output_dir` is `dataset_dir` or lies below it, but for the folders in its `derivatives`, which are
-            passed over when subjects are looked for, or is the folder of its labels, as `labels` is beside `images`.
-            Either may be a URL.
+        InputError: `output_dir` is `dataset_dir` or in it, except in a folder of its `derivatives`, which is never
+            searched for subjects; or it is a folder for labels, as `labels` is beside `images`.
     """
-    (protocol, dataset), (output_protocol, output) = place(dataset_dir), place(output_dir)
+    (protocol, dataset), (output_protocol, output) = location(dataset_dir), location(output_dir)
     if output_protocol != protocol:
         return
     if not output.is_relative_to(dataset):
-        if _place_of_subjects(output) == _place_of_subjects(dataset):
+        if _without_kind_words(output) == _without_kind_words(dataset):
             raise InputError(
-                f"{output_dir}: is where true labels of {dataset_dir} would lie, and segmentations would be taken for "
-                f"these; choose an --output_dir of another name"
+                f"{output_dir}: is a folder for true labels of {dataset_dir}, and segmentations would be taken for "
+                f"them; choose an --output_dir with another name"
             )
         return
     inside = output.relative_to(dataset).parts

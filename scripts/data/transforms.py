@@ -1,4 +1,4 @@
-"""From the files of a subject to what the network takes: load, check, normalise; and from its logits to labels."""
+"""Transforms around the network: load, check and normalise a subject, and turn logits into labels."""
 
 import logging
 from collections.abc import Hashable, Mapping
@@ -34,22 +34,22 @@ def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTenso
 class LoadSubjectd(Transform):
     """Load the T1, T2 and label of a subject and check that they belong together.
 
-    Takes a dict with `image` (as `read_t1_and_t2` has it) and, where there is one, `label` (a path); `image` is the
-    path of the `.h5` twice, and `label` the same, where that holds the subject. Where there is a `mask` (a path), T1
-    and T2 become 0 where it isn't above 0. Gives, on the grid of the T1 file and with its affine, a copy with:
+    The input is a dict with `image` (see `read_t1_and_t2`) and optionally `label` and `mask` (paths). A subject in
+    HDF5 has the path of its `.h5` file twice in `image`, and in `label`. T1 and T2 are set to 0 where `mask` isn't
+    above 0. The result is a copy, on the grid of the T1 file and with its affine, with:
 
-    - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or from HDF5 as `read_hdf5` gives them
-    - `t1`, `t2`: float32 (1, X, Y, Z), the channels once more, to be kept on their own grid; the meta data of `t2` have
-      under `not_registered` the warning of `scripts.data.alignment`, which is logged as well, or an empty text
-    - `label`, `reference`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is one; `label` is brought to
-      the network's grid, `reference` stays on its own
+    - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or as `read_hdf5` returns them
+    - `t1`, `t2`: float32 (1, X, Y, Z), copies of the channels, to stay on this grid; `not_registered` in the meta data
+      of `t2` is the warning of `scripts.data.alignment`, which is also logged, or an empty text
+    - `label`, `reference`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is a label; `label` is to be
+      resampled to the network's grid, `reference` stays on this one
 
-    Each file is read by a call of its own that shares no state, so any number of workers may load at a time.
+    Calls share no state, so any number of workers may load at a time.
 
     Raises:
-        InputError: as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `require_label_of_brain`, `read_hdf5`,
-            `require_brain_only` and `require_t2_of_brain`, mask or label differ in grid, T1 or T2 is constant inside
-            the brain, the two are the same, or the label is 0 everywhere.
+        InputError: mask or label differ in grid, T1 or T2 is constant inside the brain, the two are the same, the label
+            is 0 everywhere, or as `read_t1_and_t2`, `read_volume`, `tissue_labels`, `require_label_of_brain`,
+            `read_hdf5`, `require_brain_only` and `require_t2_of_brain`.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -69,7 +69,7 @@ class LoadSubjectd(Transform):
                 require_same_grid(data["label"], values, label_affine, t1_path, image[0], affine)
                 label = tissue_labels(values, data["label"])
         require_brain_only(image[0], affine, t1_path)
-        # before resampling, which blurs the edge of a mask
+        # checked before resampling, which blurs the edge of a mask
         brain = image[0] > 0
         require_contrast([np.ptp(channel[brain]) for channel in image], t1_path)
         if np.array_equal(*image):
@@ -79,14 +79,14 @@ class LoadSubjectd(Transform):
             logger.warning("%s: %s", t2_path, warning)
         if label is not None:
             if not label.any():
-                raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or take it away")
+                raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or remove it")
             require_label_of_brain(label, image[0], data["label"])
         loaded = dict(data)
         loaded["image"] = _meta_tensor(image, affine, t1_path)
         loaded["image"].meta["t1_path"] = t1_path
         if any(str(key).startswith("image_") for key in data):
-            # where an image has a NIfTI file's name, Spacingd takes any `image_...` beside it, such as the `image_path`
-            # of MONAI Label, for a dict of its meta data
+            # if an image has the name of a NIfTI file, Spacingd takes any `image_...` beside it, such as MONAI Label's
+            # `image_path`, for a dict of meta data
             del loaded["image"].meta["filename_or_obj"]
         for name, channel, path in (("t1", image[:1], t1_path), ("t2", image[1:], t2_path)):
             loaded[name] = _meta_tensor(channel.copy(), affine, path)
@@ -98,13 +98,13 @@ class LoadSubjectd(Transform):
 
 
 class NormalizeByT1Maskd(MapTransform):
-    """Bring T1 and T2 to mean 0 and (population) standard deviation 1 over the voxels where T1 > 0.
+    """Scale T1 and T2 to mean 0 and population standard deviation 1 over the voxels where T1 > 0.
 
-    Both channels are measured with the mask of T1, and every voxel is transformed, background included, as in both
-    published pipelines. Shapes: (2, X, Y, Z) -> (2, X, Y, Z), T1 first; no scale goes in, none comes out.
+    As in both published pipelines, the mask of T1 serves both channels, and all voxels are transformed, background
+    included. Shapes: (2, X, Y, Z) -> (2, X, Y, Z), T1 first, in any units.
 
     Raises:
-        InputError: a channel is constant where T1 > 0, T1 is nowhere above 0, or a value comes out that isn't finite.
+        InputError: a channel is constant where T1 > 0, T1 is nowhere above 0, or a result isn't finite.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
@@ -120,18 +120,18 @@ class NormalizeByT1Maskd(MapTransform):
             result[key] = (image - scale[0]) / scale[1]
             if not torch.as_tensor(result[key]).isfinite().all():
                 raise InputError(
-                    f"{image.meta['t1_path']}: T1 or T2 of this subject has values that float32 can't hold at the "
-                    f"scale of its brain; give the scan itself, with values of a usual size"
+                    f"{image.meta['t1_path']}: T1 or T2 of this subject has values too large for float32 at the scale "
+                    f"of its brain; give the scan itself, with values of a usual size"
                 )
         return result
 
 
 class MostLikelyTissued(MapTransform):
-    """Labels from logits: the class of the largest logit, of equal ones the first.
+    """Turn logits into labels: the class with the largest logit, the first of equal ones.
 
-    As MONAI's AsDiscreted by argmax, in an eighth of the time: torch's argmax over the channels of a subject takes
-    1.4 s on 2 cores. Shapes: (classes, X, Y, Z) -> (1, X, Y, Z), of the type of the logits, as MONAI's
-    MaskIntensityd would bring a mask to a smaller one and lose what doesn't fit.
+    The result is that of MONAI's AsDiscreted with argmax, in an eighth of the time: torch's argmax over the channels
+    takes 1.4 s per subject on 2 cores. Shapes: (classes, X, Y, Z) -> (1, X, Y, Z), with the type of the logits: a
+    smaller type would make MONAI's MaskIntensityd convert its mask to that type and lose values.
     """
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:

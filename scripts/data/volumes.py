@@ -1,4 +1,4 @@
-"""Analyze and NIfTI volumes: read whole, and refused where they can't be a brain scan."""
+"""Analyze and NIfTI volumes: read whole, and refused if they can't be a brain scan."""
 
 import itertools
 import math
@@ -12,22 +12,22 @@ from nibabel.fileholders import FileHolder
 from nibabel.openers import ImageOpener
 from nibabel.spatialimages import SpatialImage
 
-from scripts.errors import InputError, ran_out_of_memory
+from scripts.errors import InputError, refuse_damaged
 
-# what is beyond these is no brain scan, and a damaged or hostile file must not fill the memory
-LONGEST_SIDE = 512  # mm; in HDF5, which is of 1 mm, voxels
+# limits of brain scans, so that a damaged or hostile file can't fill the memory
+LONGEST_SIDE = 512  # mm; voxels in HDF5, whose voxels have 1 mm
 VOXEL_SIZES = (0.1, 10)  # mm
 MOST_VALUES = 2**28  # of all volumes in a file; 1 GB as float32
 MOST_AFTER_VALUES = 2**24  # bytes
-LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes that a byte of such a file may become when read
-# volume of a voxel as a share of what it would be with right angles; resampling undoes a shear, within reason
+LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes read per byte of the file
+# volume of a voxel as a share of the cuboid with its sides; resampling undoes a moderate shear
 SMALLEST_SHARE_OF_CUBOID = 0.8
-# mm between the corners of two grids that are the same but for rounding
+# mm between corners of grids that differ only by rounding
 LARGEST_OFFSET = 0.1
 
 
 def name_of(source: str | SpatialImage, kind: str = "image") -> str:
-    """What messages call an image: its path, or its kind, such as 'T1', if it has none."""
+    """Return the name of an image for messages: its path, or its kind, such as 'T1', if it has no path."""
     return source if isinstance(source, str) else source.get_filename() or kind
 
 
@@ -35,29 +35,22 @@ def read_volumes(source: str | SpatialImage, kind: str = "image") -> tuple[np.nd
     """Read the volumes of one Analyze or NIfTI image.
 
     Args:
-        source: the path of a `.hdr`, `.nii` or `.nii.gz`, or a nibabel image in memory; several volumes lie along the
-            axes after the third.
-        kind: what messages call an image without a path.
+        source: path of a `.hdr`, `.nii` or `.nii.gz`, or a nibabel image in memory. Several volumes are along the axes
+            after the third.
+        kind: name for messages of an image without a path.
 
     Returns:
-        Scaled values as float32 (volumes, X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
+        Scaled values as float32 (volumes, X, Y, Z) with the axes as on disk, and the 4 x 4 affine to RAS mm.
 
     Raises:
         InputError: the file can't be read whole, has NaN or infinite values, or as `require_brain_scan`.
     """
     path = name_of(source, kind)
-    try:
+    with refuse_damaged(path, "copy or convert the file again"):
         image, values = _image_and_values(source, path)
-    except InputError:
-        raise
-    except Exception as error:  # what nibabel raises for a damaged file depends on where the damage is
-        if ran_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())
-        raise InputError(f"{path}: can't be read ({reason}); copy or convert the file again") from error
     if not np.isfinite(values).all():
         raise InputError(f"{path}: has NaN or infinite values; replace them, outside the brain by 0")
-    # by Fortran's order, which is that on disk, a view of it
+    # a view, since values on disk are in Fortran's order
     volumes = values.reshape(*values.shape[:3], -1, order="F")
     return np.moveaxis(volumes, -1, 0), image.affine
 
@@ -71,22 +64,22 @@ def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialIma
     _require_room(image)
     with ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
         stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
-        if not stored_sizes.all():  # nibabel takes 1 mm then
+        if not stored_sizes.all():  # nibabel would assume 1 mm
             raise InputError(f"{path}: {_voxels(stored_sizes)} can't be; correct its header or convert it again")
         if not path.lower().endswith(".gz"):
             return image, image.get_fdata(dtype=np.float32, caching="unchanged")
         image = type(image).from_file_map({"image": FileHolder(path, file)}, mmap=False)
         values = image.get_fdata(dtype=np.float32, caching="unchanged")
         after = 0
-        while read := file.read(2**20):  # only at the end of the file its checksum is compared
+        while read := file.read(2**20):  # the checksum is verified at the end of the file
             after += len(read)
             if after > MOST_AFTER_VALUES:
-                raise InputError(f"{path}: goes on long after its last value; copy or convert the file again")
+                raise InputError(f"{path}: continues long after its last value; copy or convert the file again")
     return image, values
 
 
 def _require_room(image: SpatialImage) -> None:
-    """Raise EOFError where a file is too short for its values: nibabel takes memory for all of them before it reads."""
+    """Raise EOFError if a file is too short for its values: nibabel allocates memory for all before it reads."""
     path = Path(image.file_map["image"].filename)
     needed = math.prod(image.shape) * image.get_data_dtype().itemsize
     size = path.stat().st_size
@@ -102,13 +95,13 @@ def require_brain_scan(path: str, image: SpatialImage) -> None:
     """Refuse an image that can't be a brain scan, before its values are read.
 
     Raises:
-        InputError: it has fewer than three axes, values other than numbers, more of them or another size than a brain
-            scan has, or its affine isn't finite, isn't an affine at all or has its axes far from right angles.
+        InputError: it has fewer than three axes, values that aren't real numbers, or more voxels, a longer side or
+            another voxel size than a brain scan; or its affine isn't finite, isn't affine or is far from right angles.
     """
     if len(image.shape) < 3 or 0 in image.shape:
-        raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume a file")
+        raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume per file")
     if image.get_data_dtype().kind not in "biuf":
-        raise InputError(f"{path}: has colours or complex numbers; give the scan, with one number a voxel")
+        raise InputError(f"{path}: has colours or complex numbers; give the scan, with one number per voxel")
     axes = image.affine[:3, :3]
     sizes = np.linalg.norm(axes, axis=0)
     if not np.isfinite(image.affine).all():
@@ -129,10 +122,10 @@ def read_volume(source: str | SpatialImage, kind: str = "image") -> tuple[np.nda
     """Read an Analyze or NIfTI image of one volume.
 
     Args:
-        source, kind: as `read_volumes` takes them; axes after the third must have length 1.
+        source, kind: see `read_volumes`; axes after the third must have length 1.
 
     Returns:
-        Scaled values as float32 (X, Y, Z) in the order of the axes on disk, and the 4 x 4 affine to RAS mm.
+        Scaled values as float32 (X, Y, Z) with the axes as on disk, and the 4 x 4 affine to RAS mm.
 
     Raises:
         InputError: as `read_volumes`, or the file has several volumes.
@@ -140,14 +133,14 @@ def read_volume(source: str | SpatialImage, kind: str = "image") -> tuple[np.nda
     volumes, affine = read_volumes(source, kind)
     if len(volumes) != 1:
         shape = (*volumes.shape[1:], len(volumes))
-        raise InputError(f"{name_of(source, kind)}: shape {shape} isn't a 3-D volume; give one volume a file")
+        raise InputError(f"{name_of(source, kind)}: shape {shape} isn't a 3-D volume; give one volume per file")
     return volumes[0], affine
 
 
 def require_same_grid(
     path: str, values: np.ndarray, affine: np.ndarray, t1_path: str, t1: np.ndarray, t1_affine: np.ndarray
 ) -> None:
-    """Refuse a volume (X, Y, Z) that differs from the T1 in shape or, by its 4 x 4 affine, in place, by InputError."""
+    """Raise InputError if a volume (X, Y, Z) differs from the T1 in shape or, by its 4 x 4 affine, in position."""
     if values.shape != t1.shape:
         raise InputError(
             f"{path}: shape {values.shape} differs from {t1.shape} of {t1_path}; resample it to the grid of T1"
@@ -159,24 +152,24 @@ def require_same_grid(
 
 
 def t2_beside(t1_path: str) -> str:
-    """The path of the T2 that belongs to a T1 by its name: `subject-9-T1.nii.gz` has `subject-9-T2.nii.gz` beside it.
+    """Return the path of the T2 beside a T1, such as `subject-9-T2.nii.gz` for `subject-9-T1.nii.gz`.
 
     Args:
-        t1_path: a name that ends, before its suffix, in T1 or t1 as a part of its own; T2 or t2 takes its place.
+        t1_path: its name ends in T1 or t1, after - or _ and before the suffix; T2 or t2 replaces it.
 
     Raises:
-        InputError: the name isn't so, or there is no such T2.
+        InputError: the name has no such ending, or the T2 doesn't exist.
     """
     name = Path(t1_path).name
     t2_name, replaced = re.subn(r"(?<![^-_])([Tt])1(?=\.(?i:hdr|img|nii|nii\.gz)$)", r"\g<1>2", name)
     if not replaced:
         raise InputError(
-            f"{t1_path}: holds one volume, and its name doesn't end in -T1, so no T2 can be looked for beside it; "
+            f"{t1_path}: has one volume, and its name doesn't end in -T1, so its T2 can't be found; "
             f"give one 4-D file of T1 and T2, or two files named subject-<id>-T1 and subject-<id>-T2"
         )
     t2_path = Path(t1_path).with_name(t2_name)
     if not t2_path.is_file():
-        raise InputError(f"{t2_path}: not found, and {t1_path} holds T1 alone; put the T2 there, or both in a 4-D file")
+        raise InputError(f"{t2_path}: not found, and {t1_path} has only T1; put the T2 there, or both in a 4-D file")
     return str(t2_path)
 
 
@@ -184,22 +177,22 @@ def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarra
     """Read T1 and T2 of a subject.
 
     Args:
-        image: paths or nibabel images of T1 and T2; or one path, of a 4-D file of the two, or of a T1 that has its T2
-            beside it.
+        image: paths or nibabel images of T1 and T2; or one path of a 4-D file with both, or of a T1 with its T2 beside
+            it.
 
     Returns:
-        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and what messages call T1 and T2 (see `name_of`).
+        T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and the names of T1 and T2 by `name_of`.
 
     Raises:
-        InputError: as `read_volumes`, `t2_beside` and `require_same_grid`, or a single file has more than two volumes.
+        InputError: a single file has more than two volumes, or as `read_volumes`, `t2_beside` and `require_same_grid`.
     """
     if isinstance(image, str):
         t1_path = image
         volumes, affine = read_volumes(image)
         if len(volumes) == 2:
-            return _by_channel(*volumes), affine, t1_path, t1_path
+            return _stack_channels(*volumes), affine, t1_path, t1_path
         if len(volumes) != 1:
-            raise InputError(f"{image}: holds {len(volumes)} volumes, not two; give T1 and T2, in this order")
+            raise InputError(f"{image}: has {len(volumes)} volumes, not two; give T1 and T2, in this order")
         t1, t2_source = volumes[0], t2_beside(image)
     else:
         t1_source, t2_source = image
@@ -208,9 +201,9 @@ def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarra
     t2_path = name_of(t2_source, "T2")
     t2, t2_affine = read_volume(t2_source, "T2")
     require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)
-    return _by_channel(t1, t2), affine, t1_path, t2_path
+    return _stack_channels(t1, t2), affine, t1_path, t2_path
 
 
-def _by_channel(t1: np.ndarray, t2: np.ndarray) -> np.ndarray:
-    """T1 and T2 in one array, in C order: in that of the disk it takes 4 to 9 times as long to select voxels."""
+def _stack_channels(t1: np.ndarray, t2: np.ndarray) -> np.ndarray:
+    """T1 and T2 in one array in C order: in the order on disk, selecting voxels takes 4 to 9 times as long."""
     return np.stack([t1, t2], out=np.empty((2, *t1.shape), np.float32))

@@ -1,1 +1,1 @@
-"""From the network's array to its logits."""
+"""Inference: from the input of the network to its logits."""

@@ -1,4 +1,4 @@
-"""Averages over networks, mirror images and dropout; and the checkpoints that are averaged."""
+"""Averages over networks, mirror images and dropout; and loading the checkpoints for them."""
 
 import copy
 import logging
@@ -18,14 +18,14 @@ from scripts.weights import checkpoint_paths, load_weights
 logger = logging.getLogger(__name__)
 
 PAPER_DROPOUT = 0.2
-# what the uncertainty of a label may be taken from, see `AveragingInferer`
+# sources of a label's uncertainty, see `AveragingInferer`
 UNCERTAINTIES = ("network", "flips", "dropout")
 
 
 def with_dropout(network: Callable[..., torch.Tensor]) -> nn.Module:
-    """Return a copy of a network in evaluation mode whose dropout layers, and they alone, drop features.
+    """Return a copy of a network in evaluation mode, except that its dropout layers drop features.
 
-    A layer with a probability of 0, as `configs/train.json` trains, gets that of the paper.
+    A layer with probability 0, as in `configs/train.json`, gets the probability of the paper.
 
     Raises:
         InputError: there is no dropout layer, as in an exported network.
@@ -43,35 +43,33 @@ def with_dropout(network: Callable[..., torch.Tensor]) -> nn.Module:
 
 
 @contextmanager
-def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """A block in which torch draws from a seed on the CPU and the device; afterwards it goes on as if nothing was."""
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's random numbers on the CPU and the device within the block; restore their state afterwards."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
 class AveragingInferer(Inferer):
-    """Average what several networks and mirror images of the volume say, around an inferer that runs one network.
+    """Average the class probabilities of several networks and mirror images, with an inferer that runs one network.
 
     Called with (B, C, X, Y, Z) and a network, it returns logits, float32 (B, classes, X, Y, Z): the logarithm of the
-    mean of the class probabilities, by which a grid is changed and labels are chosen as by those of one network. With
-    one checkpoint, no flips and no dropout they are those of the inferer, unchanged. For evaluation only: it works in
-    place.
+    mean class probabilities, so that resampling and labelling work as for one network. With one checkpoint, no flips
+    and no dropout, they are the inferer's logits, unchanged. For evaluation only: it works in place.
 
     Args:
-        inferer: what runs a network.
-        checkpoints: as `scripts.weights.checkpoint_paths` takes them. If one, the network is taken as it is given; if
-            several, it only says the architecture, and a copy of it is loaded with each when the first volume comes.
-            Exported networks are loaded then too, and say their architecture themselves.
-        flips: whether to average over the mirror images along each set of axes, eight of a volume, each turned back.
-        uncertainty: what besides is averaged over, for the entropy of the mean (see `scripts.results.probabilities`):
-            nothing (None or 'network'), the mirror images ('flips'), or passes whose dropout layers drop at random
-            ('dropout').
-        dropout_samples: the passes of each network with dropout.
-        seed: for dropout; each volume is begun with it, so that its logits don't depend on those before it.
+        inferer: runs a network.
+        checkpoints: see `scripts.weights.checkpoint_paths`. With one, the network is used as given. With several, it
+            gives the architecture, and a copy with the weights of each is made at the first volume. Exported networks
+            are also loaded then, and need no architecture.
+        flips: whether to average over the eight mirror images of a volume, one for each set of axes, flipped back.
+        uncertainty: what else to average over, for the entropy of the mean (see `scripts.results.probabilities`):
+            nothing (None or 'network'), the mirror images ('flips'), or passes with random dropout ('dropout').
+        dropout_samples: passes of each network with dropout.
+        seed: for dropout, set for each volume, so that its logits don't depend on former volumes.
 
     Raises:
-        InputError: `flips` isn't a bool, `uncertainty` or `dropout_samples` something else; when called, as
+        InputError: `flips` isn't a bool, or `uncertainty` or `dropout_samples` is invalid; when called, as
             `checkpoint_paths`, `load_weights`, `ExportedNetwork` and `with_dropout`.
     """
 
@@ -112,7 +110,7 @@ class AveragingInferer(Inferer):
         ) -> torch.Tensor:
             """The mean over the mirror images along the axes.
 
-            They are added in pairs, so that those of a mirrored volume give the mirrored mean to the last bit.
+            They are added in pairs, so that a mirrored volume gives exactly the mirrored mean.
             """
             if not axes:
                 return self.inferer(inputs, network, *args, **kwargs).softmax(1)
@@ -121,15 +119,15 @@ class AveragingInferer(Inferer):
             mean += probabilities(inputs.flip(axis), network, others).flip(axis)
             return mean.div_(2)
 
-        with own_randomness(self.seed, inputs.device):
+        with seeded(self.seed, inputs.device):
             mean = probabilities(inputs, networks[0], axes)
             for other in networks[1:]:
                 mean += probabilities(inputs, other, axes)
-        # a probability too small for float32 is 0, and a grid can't be changed where a logit is infinite
+        # a probability too small for float32 is 0, and an infinite logit can't be resampled
         return mean.div_(len(networks)).clamp_(min=torch.finfo(mean.dtype).tiny).log_()
 
     def networks(self, network: nn.Module, device: torch.device) -> list[nn.Module | ExportedNetwork]:
-        """The given network if there is one checkpoint of it, else those of the files, loaded the first time."""
+        """Return the given network if there is one checkpoint, else those of the files, loaded at the first call."""
         paths = checkpoint_paths(self.checkpoints)
         if len(paths) == 1 and not is_exported(paths[0]):
             return [network]
@@ -140,23 +138,22 @@ class AveragingInferer(Inferer):
         return self.loaded
 
     def load(self, path: str, network: nn.Module, device: torch.device) -> nn.Module | ExportedNetwork:
-        """The network of a file: an exported one, or a copy of the given one with the weights of a checkpoint."""
+        """Return an exported network, or a copy of the given network with the weights of a checkpoint."""
         if is_exported(path):
             return ExportedNetwork(path, device)
-        own = copy.deepcopy(network)
-        load_weights(own, path)
-        return own
+        network = copy.deepcopy(network)
+        load_weights(network, path)
+        return network
 
 
 class CheckpointLoader:
-    """Handler that loads a checkpoint by `load_weights` when the engine starts: the first, if several are named.
+    """Handler that loads the first checkpoint by `load_weights` when the engine starts.
 
-    MONAI's federated client switches off what has `CheckpointLoader` in its name, to score the weights it was sent.
+    MONAI's federated client disables a handler with `CheckpointLoader` in its name, to score the weights that it got.
 
     Args:
-        checkpoints: as `checkpoint_paths` takes them; `AveragingInferer` loads the others, and exported networks
-            wherever they stand.
-        network: takes the weights.
+        checkpoints: see `checkpoint_paths`; `AveragingInferer` loads the others, and exported networks.
+        network: changed in place.
 
     Raises:
         InputError: when the engine starts, as `checkpoint_paths` and `load_weights`.

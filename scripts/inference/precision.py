@@ -19,20 +19,20 @@ MEMORY_FORMATS = {name: getattr(torch, name) for name in ("channels_last_3d", "c
 
 
 def network_precision(device: torch.device, precision: str, training: bool = False) -> torch.dtype:
-    """The type in which the network computes.
+    """Return the number type in which the network computes.
 
-    On a GPU training takes float16: a step in bfloat16 takes five times as long, nearly all of it in cuDNN's gradients
-    of convolutions (H100). Inference takes bfloat16, as fast there, in which nothing overflows.
+    On a GPU, training uses float16: in bfloat16 a step takes five times as long, nearly all in cuDNN's gradients of
+    convolutions (H100). Inference uses bfloat16, which is as fast there and doesn't overflow.
 
     Args:
-        device: where it computes.
-        precision: 'fp32', 'bf16', 'fp16' (GPU only), or 'auto' for the fastest that is safe: on a GPU float16 to train
-            and bfloat16 to segment, or float16 where it lacks that; on a CPU bfloat16 if computed in hardware; else
-            float32.
-        training: whether gradients are wanted, which are scaled in float16, see `needs_loss_scaling`.
+        device: the device of the network.
+        precision: 'fp32', 'bf16', 'fp16' (GPU only), or 'auto' for the fastest safe type. On a GPU that is float16 to
+            train, and to segment bfloat16, or float16 if the GPU lacks it. On a CPU it is bfloat16 if the hardware
+            computes it, else float32.
+        training: whether gradients are needed; in float16 they are scaled, see `needs_loss_scaling`.
 
     Raises:
-        InputError: another precision is asked for, or float16 elsewhere than on a GPU.
+        InputError: `precision` has another value, or is 'fp16' on a CPU.
     """
     if precision == "auto":
         if device.type == "cuda":
@@ -43,29 +43,30 @@ def network_precision(device: torch.device, precision: str, training: bool = Fal
     if precision not in PRECISIONS:
         raise InputError(f"--precision {precision}: must be auto, {', '.join(PRECISIONS)}")
     if precision == "fp16" and device.type == "cpu":
-        raise InputError("--precision fp16: is for a GPU; use bf16 or auto on a processor")
+        raise InputError("--precision fp16: needs a GPU; use bf16 or auto on a CPU")
     return PRECISIONS[precision]
 
 
 def float16_or_auto(device: torch.device | str) -> str:
-    """The precision setting of a recipe that was made for float16: where that can't be, the fastest that is safe."""
+    """Return the `precision` of a recipe published in float16: 'fp16' on a GPU, else 'auto'."""
     return "fp16" if torch.device(device).type == "cuda" else "auto"
 
 
 def needs_loss_scaling(device: torch.device | str, precision: str) -> bool:
-    """Whether training wants a GradScaler: with float16, whose small gradients vanish. For `amp` of MONAI's trainer."""
+    """Return `amp` of MONAI's trainer: whether it needs a GradScaler, as in float16, where small gradients vanish."""
     return network_precision(torch.device(device), precision, training=True) == torch.float16
 
 
 @torch.no_grad()
 def _make_bias_exact(convolution: nn.Conv3d, following: nn.Conv3d) -> None:
-    """Scale the features between two convolutions, with a ReLU there, so that bfloat16 holds each bias as it is.
+    """Scale the features between two convolutions with a ReLU, so that bfloat16 represents each bias exactly.
 
-    A rounded bias moves all voxels of a feature alike, which no later sum evens out. `following` undoes the scale.
+    A rounded bias would shift all voxels of a feature alike, and no later sum evens that out. `following` undoes the
+    scale.
     """
     rounded = convolution.bias.bfloat16().to(convolution.bias.dtype)
     scale = rounded / convolution.bias
-    possible = scale.isfinite() & (scale > 0)  # it isn't for biases of 0 and near it
+    possible = scale.isfinite() & (scale > 0)  # not for biases at or near 0
     scale = torch.where(possible, scale, 1)
     convolution.bias.copy_(torch.where(possible, rounded, convolution.bias))
     convolution.weight.mul_(scale[:, None, None, None, None])
@@ -73,11 +74,10 @@ def _make_bias_exact(convolution: nn.Conv3d, following: nn.Conv3d) -> None:
 
 
 def fuse_batch_norms(network: nn.Module) -> nn.Module:
-    """A copy of a network in evaluation mode in which each batch norm right behind a convolution is part of it.
+    """Return a copy of a network in evaluation mode with each batch norm fused into the convolution before it.
 
-    The logits are those of the network but for rounding, with fewer passes over memory. In an nn.Sequential, whose
-    children must run in their order, features between two convolutions with a ReLU there may be scaled, see
-    `_make_bias_exact`.
+    The logits are equal except for rounding, with fewer passes over memory. Only layers of an nn.Sequential are fused,
+    since they run in order. Features between two of its convolutions may be scaled, see `_make_bias_exact`.
     """
     network = copy.deepcopy(network)
     for parent in [module for module in network.modules() if isinstance(module, nn.Sequential)]:
@@ -94,23 +94,21 @@ def fuse_batch_norms(network: nn.Module) -> nn.Module:
 
 
 class MixedPrecisionInferer(Inferer):
-    """Run the network of another inferer in the precision and memory layout that suit.
+    """Inferer that runs a network in a chosen precision and memory layout, by another inferer.
 
-    Without gradients the network runs with its batch norms fused, see `fuse_batch_norms`.
+    Called with (B, C, X, Y, Z) and a network, it returns the network's logits as float32, (B, classes, X, Y, Z). If no
+    gradients are needed, batch norms are fused, see `fuse_batch_norms`.
 
-    Called with (B, C, X, Y, Z) and a network, it returns the network's logits as float32, (B, classes, X, Y, Z).
-
-    MONAI's engines ignore `amp` on a CPU, and on a CPU it gains most, so autocast is entered here, for training and
-    inference alike.
+    MONAI's engines ignore `amp` on a CPU, where autocast gains most. So autocast is entered here, to train and to
+    segment.
 
     Args:
-        inferer: the inferer that calls the network.
+        inferer: calls the network.
         precision: see `network_precision`.
-        memory_format: how patches lie in memory: 'channels_last_3d', the faster one wherever measured, or
-            'contiguous_format'.
+        memory_format: of patches: 'channels_last_3d', the faster one in all measurements, or 'contiguous_format'.
 
     Raises:
-        InputError: another memory format is asked for, or as `network_precision`, when called.
+        InputError: `memory_format` has another value; when called, as `network_precision`.
     """
 
     def __init__(self, inferer: Inferer, precision: str = "auto", memory_format: str = "channels_last_3d") -> None:
@@ -123,7 +121,7 @@ class MixedPrecisionInferer(Inferer):
         self.fused: WeakKeyDictionary[nn.Module, tuple[list[tuple[int, int]], nn.Module]] = WeakKeyDictionary()
 
     def _fused(self, network: nn.Module) -> nn.Module:
-        """The network by `fuse_batch_norms`, made once and anew only when its weights have changed."""
+        """The network by `fuse_batch_norms`, made again only when its weights have changed."""
         versions = [(tensor.data_ptr(), tensor._version) for tensor in network.state_dict(keep_vars=True).values()]
         if network not in self.fused or self.fused[network][0] != versions:
             self.fused[network] = versions, fuse_batch_norms(network)
@@ -135,8 +133,8 @@ class MixedPrecisionInferer(Inferer):
         training = isinstance(network, nn.Module) and network.training
         dtype = network_precision(inputs.device, self.precision, training)
         if isinstance(network, ExportedNetwork) and network.always_float32:
-            dtype = torch.float32  # so that windows are chosen for the memory that float32 takes
-        # where gradients are wanted, they are those of the network's own weights
+            dtype = torch.float32  # so that windows fit the memory that float32 needs
+        # gradients, if needed, are those of the network's own weights
         if isinstance(network, nn.Module) and not training and not torch.is_grad_enabled():
             network = self._fused(network)
 

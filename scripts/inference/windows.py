@@ -16,18 +16,18 @@ from scripts.machine import available_memory
 
 logger = logging.getLogger(__name__)
 
-# Memory of a forward pass for each voxel of a window, in bytes: the most measured over volumes of 128^3 and more, on a
-# processor without AVX-512, where convolutions need the most beside their results. Half precision halves it.
+# Bytes that a forward pass needs per voxel of a window: the maximum measured for volumes of 128^3 and more, on a CPU
+# without AVX-512, where convolutions need the most memory besides their results. Half precision halves it.
 BYTES_PER_VOXEL = 1500
 
 
 def fitting_window(size: Sequence[int], voxels: float, step: int = 16) -> list[int]:
-    """The largest window of about that many voxels over a volume: the longest side is shortened again and again.
+    """Return the largest window with at most about so many voxels, by shortening the longest side repeatedly.
 
     Args:
-        size: of the volume, multiples of `step`.
-        voxels: that a window may have.
-        step: sides are multiples of it, and are not made shorter than four of it.
+        size: sides of the volume, multiples of `step`.
+        voxels: largest number in a window.
+        step: by which a side is shortened, down to four steps.
     """
     window = list(size)
     while math.prod(window) > voxels and max(window) > 4 * step:
@@ -37,18 +37,19 @@ def fitting_window(size: Sequence[int], voxels: float, step: int = 16) -> list[i
 
 
 class LargestWindowInferer(SlidingWindowInferer):
-    """Sliding windows as large as memory allows: one pass over the volume if it fits.
+    """MONAI's `SlidingWindowInferer` with windows as large as memory allows: one pass over the volume if it fits.
 
-    A window is never larger than the volume: padding would be with 0, which after normalisation is the brain's mean
-    and not background. The choice is logged. Arguments as MONAI's `SlidingWindowInferer`, but for:
+    A window is never larger than the volume. MONAI would pad it with 0, which after normalisation is the brain's mean
+    and not background. The choice is logged.
 
     Args:
-        roi_size: 'auto', or the sides of the largest window, multiples of the network's stride; one number
-            stands for three.
+        roi_size: 'auto', or the sides of the largest window, multiples of the network's stride; one number for all
+            three.
+        kwargs: further arguments of `SlidingWindowInferer`.
 
     Raises:
-        InputError: `roi_size` is something else; or when called, if the network doesn't take windows of that size, or
-            memory runs out all the same.
+        InputError: `roi_size` has another value; when called, if the network doesn't take windows of that size, or
+            memory runs out.
     """
 
     def __init__(self, roi_size: Sequence[int] | int | str = "auto", **kwargs: Any) -> None:
@@ -77,12 +78,12 @@ class LargestWindowInferer(SlidingWindowInferer):
             fitting.roi_size = [min(window, side) for window, side in zip(self.roi_size, size, strict=True)]
             reason = f"window_size {self.roi_size}"
         window = " x ".join(map(str, fitting.roi_size))
-        ways = "one pass over" if fitting.roi_size == size else f"windows of {window} over"
-        logger.info("%s %s voxels (%s)", ways, " x ".join(map(str, size)), reason)
+        windows = "one pass" if fitting.roi_size == size else f"windows of {window}"
+        logger.info("%s over %s voxels (%s)", windows, " x ".join(map(str, size)), reason)
         try:
             return SlidingWindowInferer.__call__(fitting, inputs, network, *args, **kwargs)
         except Exception as error:
-            # by which a network refuses a size
+            # a network refuses a size by ValueError
             if isinstance(error, ValueError) and not isinstance(error, InputError) and not self.automatic:
                 raise InputError(f"--window_size {self.roi_size}: doesn't suit the network: {error}") from error
             if not ran_out_of_memory(error):

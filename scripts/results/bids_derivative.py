@@ -9,7 +9,7 @@ import ignite.distributed as idist
 from ignite.engine import Engine, Events
 
 from scripts.data.bids import read_json
-from scripts.data.subjects import Subject, place
+from scripts.data.subjects import Subject, location
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.results.metrics import VolumeTable, tissue_volumes
@@ -69,7 +69,7 @@ def source_link(dataset_dir: str, output_dir: str) -> str:
     Args:
         dataset_dir, output_dir: as the user gives them, paths or URLs.
     """
-    (protocol, dataset), (output_protocol, output) = place(dataset_dir), place(output_dir)
+    (protocol, dataset), (output_protocol, output) = location(dataset_dir), location(output_dir)
     if protocol == output_protocol and output.is_relative_to(dataset):
         return os.path.relpath(dataset, output)
     return Path(dataset).as_uri() if protocol == "file" else dataset_dir

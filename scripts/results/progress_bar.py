@@ -1,4 +1,4 @@
-"""The progress bar of scoring and segmenting."""
+"""The progress bar for scoring and segmenting."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from scripts.distributed import own_rank
 
 
 class SubjectProgress(ProgressBar):
-    """Ignite's ProgressBar, shown by the first of several processes only."""
+    """Ignite's ProgressBar, shown only by the first of several processes."""
 
     def attach(self, engine: Engine, *args: Any, **kwargs: Any) -> None:
         if own_rank() == 0:

@@ -1,4 +1,4 @@
-"""How results came about: version, weights, packages, command and settings."""
+"""Provenance of results: version, weights, packages, command and settings."""
 
 import hashlib
 import json
@@ -21,42 +21,41 @@ from scripts.data.storage import without_credentials
 from scripts.files import ROOT, whole_files
 from scripts.inference.exported import is_exported
 from scripts.inference.precision import network_precision
-from scripts.weights import checkpoint_paths, holds, is_fresh_start, sha256
+from scripts.weights import checkpoint_paths, has_weights_of, is_fresh_start, sha256
 
 NAME = "infant_brain_mri_skipdenseseg"
 METADATA = ROOT / "configs" / "metadata.json"
-GIVEN = "not used: weights were given by the calling program"
+GIVEN_WEIGHTS = "not used: weights were given by the calling program"
 
 
 def metadata() -> dict[str, Any]:
-    """The content of `configs/metadata.json`."""
+    """Return the content of `configs/metadata.json`."""
     return json.loads(METADATA.read_text(encoding="utf-8"))
 
 
 def software() -> str:
-    """Python and the packages that `configs/metadata.json` names, each with the version that is installed."""
-    named = metadata()
+    """Return the installed versions of Python and of the packages named in `configs/metadata.json`."""
     versions = {"Python": platform.python_version()}
-    for package in ("monai", "torch", "numpy", *named["required_packages_version"]):
+    for package in ("monai", "torch", "numpy", *metadata()["required_packages_version"]):
         try:
             versions[package] = version(package)
-        except PackageNotFoundError:  # in a program that was put together without packages' own records
+        except PackageNotFoundError:  # in a bundled program without the packages' metadata
             versions[package] = "unknown"
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 
 def command() -> str:
-    """The command of this process, as a shell takes it, without credentials in URLs."""
+    """Return the command of this process, quoted for a shell, without credentials in URLs."""
     return " ".join([Path(sys.orig_argv[0]).name, *map(_quoted, map(without_credentials, sys.orig_argv[1:]))])
 
 
 def _quoted(argument: str) -> str:
-    """An argument as a shell takes it, a list of texts as README.md writes it."""
+    """An argument quoted for a shell; a list of texts as in README.md."""
     return f'"{argument}"' if "'" in argument and not set(argument) & set('"$`\\!') else shlex.quote(argument)
 
 
 def summary_of(value: Any) -> Any:
-    """A setting as it is, or the kind of a network, an optimiser and the like."""
+    """Return a plain setting unchanged, and the kind of a network, an optimiser and the like."""
     if isinstance(value, torch.nn.Module):
         return f"{type(value).__name__}, {sum(each.numel() for each in value.parameters()):,} parameters"
     plain = value is None or isinstance(value, str | int | float | Sequence)
@@ -64,19 +63,19 @@ def summary_of(value: Any) -> Any:
 
 
 def provenance(engine: Engine, settings: Mapping[str, Any]) -> dict[str, str]:
-    """Return how the results come about that an engine is about to make, by topic.
+    """Return the provenance of the results of an engine, by topic.
 
     Args:
-        engine: of a network.
-        settings: by name; `precision` is among them, and `checkpoints` where they give the weights.
+        engine: an engine with a network, about to run.
+        settings: by name, with `precision`, and `checkpoints` if these give the weights.
     """
     device = torch.device(engine.state.device)
     dtype = network_precision(device, settings["precision"], training=isinstance(engine, Trainer))
     precision = str(dtype).removeprefix("torch.")
     paths = checkpoint_paths(settings["checkpoints"]) if "checkpoints" in settings else []
     exported = any(map(is_exported, paths))
-    # MONAI's federated client evaluates weights that it was sent, whether or not a checkpoint exists
-    given = len(paths) == 1 and not exported and not holds(paths[0], engine.network)
+    # MONAI's federated client evaluates the weights that it got, even if a checkpoint exists
+    given = len(paths) == 1 and not exported and not has_weights_of(paths[0], engine.network)
     if start := settings.get("start_from"):
         paths.append(start)
     return {
@@ -87,7 +86,7 @@ def provenance(engine: Engine, settings: Mapping[str, Any]) -> dict[str, str]:
         "device": f"{device}, {processes} processes" if (processes := idist.get_world_size()) > 1 else str(device),
         "precision": "that of the exported network" if exported else precision,
         **{
-            f"checkpoint {path}": GIVEN if given or not Path(path).is_file() else f"SHA-256 {sha256(path)}"
+            f"checkpoint {path}": GIVEN_WEIGHTS if given or not Path(path).is_file() else f"SHA-256 {sha256(path)}"
             for path in paths
         },
         **{f"setting {name}": without_credentials(str(summary_of(value))) for name, value in settings.items()},
@@ -98,8 +97,8 @@ def made_by(checkpoints: str | Sequence[str]) -> str:
     """Return bundle, version and weights in at most 79 characters, for the header of a label image.
 
     Args:
-        checkpoints: as `scripts.weights.checkpoint_paths` takes it. The weights are named by the first characters of
-            their SHA-256, several checkpoints by that of their SHA-256s in a row; not at all if a file is missing.
+        checkpoints: see `scripts.weights.checkpoint_paths`. The weights are named by the start of their SHA-256; for
+            several checkpoints that of their SHA-256s in a row. They aren't named if a file is missing.
 
     Raises:
         InputError: as `checkpoint_paths`.
@@ -114,16 +113,16 @@ def made_by(checkpoints: str | Sequence[str]) -> str:
 
 
 class ProvenanceSaver:
-    """Handler that writes how the results of a run come about, as `<kind>-provenance.json`, once there are any.
+    """Handler that writes the provenance of a run's results as `<kind>-provenance.json`, once there are results.
 
-    Other handlers find it as `engine.state.provenance` when the run has started.
+    It also sets `engine.state.provenance` when the run starts, for other handlers.
 
     Args:
         output_dir: the folder of the results.
         kind: of the run: 'training', 'evaluation', 'inference'.
         settings: see `provenance`.
-        weights: a checkpoint that the run makes; its SHA-256 is added at the end.
-        resume: whether the run resumes another; it is then added to the file of that run.
+        weights: a checkpoint that the run writes; its SHA-256 is added at the end.
+        resume: whether the run resumes another; it is then added to that run's file.
     """
 
     def __init__(
@@ -147,14 +146,14 @@ class ProvenanceSaver:
         engine.add_event_handler(Events.COMPLETED, self.write)
 
     def note(self, engine: Engine) -> None:
-        """Look before anything is made: a training may replace the checkpoint that it started from."""
+        """Record the provenance now: a training may replace the checkpoint that it started from."""
         self.record, self.written = provenance(engine, self.settings), False
-        # a training that found nothing to resume starts at its first epoch, whatever an older one left
+        # a training that found nothing to resume starts at its first epoch, and the file is of an older one
         if self.resume and not is_fresh_start(engine) and self.path.is_file():
             resumed = "; ".join(self.record[name] for name in ("command", "bundle", "software"))
-            with suppress(ValueError):  # somebody edited it
-                begun = json.loads(self.path.read_text(encoding="utf-8"))
-                self.record = begun | {f"resumed {self.record['date']}": resumed}
+            with suppress(ValueError):  # the file was edited by hand
+                earlier = json.loads(self.path.read_text(encoding="utf-8"))
+                self.record = earlier | {f"resumed {self.record['date']}": resumed}
         engine.state.provenance = self.record
 
     def write_once(self) -> None:
@@ -164,9 +163,10 @@ class ProvenanceSaver:
     def write(self) -> None:
         if idist.get_rank() > 0:
             return
-        made = {}
+        weights = {}
         if self.written and self.weights and self.weights.is_file():
-            made = {f"weights {self.weights}": f"SHA-256 {sha256(self.weights)}"}
+            weights = {f"weights {self.weights}": f"SHA-256 {sha256(self.weights)}"}
+        content = json.dumps(self.record | weights, indent=4) + "\n"
         with whole_files(self.path.parent) as temporary:
-            (temporary / self.path.name).write_text(json.dumps(self.record | made, indent=4) + "\n", encoding="utf-8")
+            (temporary / self.path.name).write_text(content, encoding="utf-8")
         self.written = True

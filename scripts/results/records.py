@@ -1,4 +1,4 @@
-"""What every run records beside its results: how they came about, an MLflow run, and copies at URLs."""
+"""What every run records beside its results: their provenance, an MLflow run, and copies at URLs."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,17 +20,17 @@ def with_records(
     resume: bool = False,
     validation_handlers: Sequence[Any] = (),
 ) -> list[Any]:
-    """Return the handlers of an engine with those that record its run after them, in the order that these need.
+    """Return the handlers of an engine, followed by those that record its run, in the right order.
 
-    MONAI appends an MLFlowHandler to the configured handlers for `--tracking mlflow`; a `TrackedRun` takes its place.
+    For `--tracking mlflow`, MONAI appends an MLFlowHandler to the configured handlers. A `TrackedRun` replaces it.
 
     Args:
         handlers: as configured.
         kind: 'training', 'evaluation' or 'inference'.
-        folders: those of the run.
-        settings: recorded by name.
-        resume: whether the run continues an earlier one.
-        validation_handlers: those of a trainer's validator, which records to the same MLflow run.
+        folders: of the run.
+        settings: to record, by name.
+        resume: whether the run resumes an earlier one.
+        validation_handlers: of a trainer's validator, which records to the same MLflow run.
     """
     output, model = Path(folders.output), Path(folders.checkpoints or "", "model.pt")
     files = {
@@ -38,12 +38,12 @@ def with_records(
         "evaluation": [output / "metrics.csv", output / "metrics.md"],
         "inference": [output / "volumes.csv", output / "volumes.tsv"],
     }[kind]
-    made = model if kind == "training" else None
+    weights = model if kind == "training" else None
     trackers = [each for each in (*handlers, *validation_handlers) if isinstance(each, MLFlowHandler)]
     tracked = [TrackedRun(trackers, kind, folders.output, settings, files, resume)] if trackers else []
     return [
         *(each for each in handlers if each not in trackers),
-        ProvenanceSaver(folders.output, kind, settings, made, resume),
+        ProvenanceSaver(folders.output, kind, settings, weights, resume),
         *tracked,
         CopyOut(folders),
     ]

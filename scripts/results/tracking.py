@@ -1,4 +1,4 @@
-"""MLflow, where `--tracking mlflow` asks for it: what MONAI's handler doesn't record."""
+"""MLflow with `--tracking mlflow`: records what MONAI's handler doesn't."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -11,46 +11,46 @@ from monai.handlers import MLFlowHandler
 
 from scripts.results.provenance import NAME, summary_of
 
-FOLDER_TAG = "folder"  # of a run: where its results lie
-STEP_LOSS = "train_step_loss"  # MONAI calls it train_loss, which is also the name of an epoch's mean
+FOLDER_TAG = "folder"  # of a run: the folder of its results
+STEP_LOSS = "train_step_loss"  # MONAI's train_loss is also the name of an epoch's mean
 
 
 class TrackedRun:
-    """Handler around MONAI's MLFlowHandler that names its run, adds settings and files to it, and ends it.
+    """Handler around MONAI's MLFlowHandler that names its run, adds settings and files, and ends it.
 
-    The run is called `<kind>-<date>-<time>` unless the setting `run_name` names it.
+    The run is named `<kind>-<date>-<time>` unless the setting `run_name` names it.
 
     Args:
-        tracker: MONAI's handler, and others of it that record to the same run.
+        trackers: MONAI's handler, and further ones that record to the same run.
         kind: 'training' and the like.
-        folder: where the results of the run lie.
-        settings: recorded as parameters; those of a resumed run stay as they are.
-        files: are added to the run when it ends, if they exist.
+        folder: the folder of the results.
+        settings: recorded as parameters; those of a resumed run stay unchanged.
+        files: added to the run when it ends, if they exist.
         resume: whether to continue the newest unfinished run of this kind and folder, if there is one.
     """
 
     def __init__(
         self,
-        tracker: Sequence[MLFlowHandler],
+        trackers: Sequence[MLFlowHandler],
         kind: str,
         folder: str,
         settings: Mapping[str, Any],
         files: Sequence[Path],
         resume: bool = False,
     ) -> None:
-        self.tracker = tracker[0]
+        self.tracker = trackers[0]
         self.folder = Path(folder).resolve()
         self.settings = settings
         self.files = files
-        for each in tracker:
+        for each in trackers:
             if each.experiment_name == DEFAULT_MLFLOW_SETTINGS["configs"]["experiment_name"]:
                 each.experiment_name = NAME
         name = self.tracker.run_name or (self._unfinished(kind) if resume else None)
-        for each in tracker:
+        for each in trackers:
             each.run_name = name or f"{kind}-{time.strftime('%Y%m%d-%H%M%S')}"
 
     def _unfinished(self, kind: str) -> str | None:
-        """The name of the newest unfinished run of this kind and folder."""
+        """Name of the newest unfinished run of this kind and folder, or None."""
         client = self.tracker.client
         experiment = client.get_experiment_by_name(self.tracker.experiment_name)
         runs = client.search_runs([experiment.experiment_id], "attributes.status != 'FINISHED'") if experiment else ()

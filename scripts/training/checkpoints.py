@@ -15,32 +15,30 @@ from scripts.data.storage import Folders
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.training.resume import ResumableTraining
-from scripts.weights import holds, is_fresh_start, sha256
+from scripts.weights import has_weights_of, is_fresh_start, sha256
 
 
 def _write(network: torch.nn.Module, path: Path) -> None:
     with whole_files(path.parent) as temporary:
-        # on the CPU, so that whoever loads them needn't have a GPU
+        # on the CPU, so that they can be loaded without a GPU
         torch.save({name: tensor.cpu() for name, tensor in network.state_dict().items()}, temporary / path.name)
 
 
 class Checkpoints:
-    """Handler of a trainer for all its checkpoints: kept, resumed from, compared and written.
+    """Handler of a trainer that keeps, loads, compares and writes all its checkpoints.
 
-    It may stand anywhere among the handlers. It keeps a copy of a `model.pt` and a `last.pt` that the training will
-    replace, resumes from `last.pt` when asked, validates the included weights if the training starts from them, writes
-    `model.pt` when a validation is better than all before, `last.pt` after each epoch, and `step-<n>.pt` if wanted.
+    It may stand anywhere among the handlers. It keeps copies of a `model.pt` and a `last.pt` that the training will
+    replace, resumes from `last.pt` if asked, and validates the weights in `model.pt` if the training starts from them.
+    It writes `model.pt` after the best validation so far, `last.pt` after each epoch, and `step-<n>.pt` if asked.
 
     Args:
-        folders: `model.pt` is in the folder of checkpoints, all others in that of results.
-        network: whose weights are written.
+        folders: `model.pt` is in the folder of checkpoints, the others are in that of results.
+        network: the network to write.
         validator: the evaluator whose best metric decides.
-        settings: see `ResumableTraining`.
-        seed: see `ResumableTraining`.
-        resume: see `ResumableTraining`.
+        settings, seed, resume: see `ResumableTraining`.
         interval: steps from one `step-<n>.pt` to the next; 0 for none.
-        keep: how many of these are kept.
-        parts: what else has a state, see `ResumableTraining`.
+        keep: how many of these to keep.
+        parts: other objects with a state, see `ResumableTraining`.
 
     Raises:
         InputError: as `ResumableTraining` and `StepWeightsSaver`.
@@ -76,14 +74,14 @@ class Checkpoints:
 
 
 class BestWeightsSaver:
-    """Handler of an evaluator that writes the network each time its key metric is better than ever before.
+    """Handler of an evaluator that writes the network when its key metric is the best so far.
 
-    MONAI's CheckpointSaver removes the former file and then writes the new one in place, so that a process that ends
-    between the two leaves none. Here what is under the name is always whole. What is that network already stays.
+    MONAI's CheckpointSaver removes the old file before it writes the new one, so a process that ends in between leaves
+    none. Here the file is always whole. It isn't rewritten if it already has these weights.
 
     Args:
         path: the checkpoint, a state dict.
-        network: whose weights are written.
+        network: the network to write.
     """
 
     def __init__(self, path: str | Path, network: torch.nn.Module) -> None:
@@ -95,19 +93,19 @@ class BestWeightsSaver:
 
     @idist.one_rank_only()
     def save(self, engine: Engine) -> None:
-        if engine.state.best_metric_epoch == engine.state.epoch and not holds(self.path, self.network):
+        if engine.state.best_metric_epoch == engine.state.epoch and not has_weights_of(self.path, self.network):
             _write(self.network, self.path)
 
 
 class FoundWeightsValidator:
-    """Handler of a trainer that validates the checkpoint which training will replace, if training starts from it.
+    """Handler of a trainer that validates the checkpoint to be replaced, if training starts from its weights.
 
-    Then only a network that is better on the validation subjects replaces it. MONAI Label trains so.
+    Only a network that is better on the validation subjects then replaces it. MONAI Label trains this way.
 
     Args:
-        path: the checkpoint, as `BestWeightsSaver` has it.
-        network: that is trained, its weights loaded by the time when training starts.
-        validator: the evaluator that has the `BestWeightsSaver`.
+        path: the checkpoint of `BestWeightsSaver`.
+        network: the network to train, with its weights loaded when training starts.
+        validator: the evaluator with the `BestWeightsSaver`.
     """
 
     def __init__(self, path: str | Path, network: torch.nn.Module, validator: Evaluator) -> None:
@@ -119,24 +117,24 @@ class FoundWeightsValidator:
         engine.add_event_handler(Events.STARTED, self.validate)
 
     def validate(self, engine: Engine) -> None:
-        if is_fresh_start(engine) and holds(self.path, self.network):
-            print(f"training starts from {self.path}, which stays unless a network is better than it")
+        if is_fresh_start(engine) and has_weights_of(self.path, self.network):
+            print(f"training starts from {self.path}, which stays until a network is better")
             self.validator.run()
-            self.validator.state.best_metric_epoch = 0  # it ran as epoch 1, which is yet to come
+            self.validator.state.best_metric_epoch = 0  # it ran as epoch 1, which is still to come
 
 
 class StepWeightsSaver:
-    """Handler of a trainer that writes the network as `step-<n>.pt` each so many steps and keeps the newest.
+    """Handler of a trainer that writes the network as `step-<n>.pt` at an interval and keeps the newest files.
 
     Args:
         output_dir: the folder to write to.
-        network: whose weights are written.
-        interval: steps from one to the next.
-        keep: how many files stay, at least 1.
-        resume: whether such files may be there at the start, since they are this training's own.
+        network: the network to write.
+        interval: steps from one file to the next.
+        keep: how many files to keep, at least 1.
+        resume: whether existing files belong to this training.
 
     Raises:
-        InputError: when training begins and isn't resumed, if the folder holds such files of an earlier one.
+        InputError: when training starts and isn't resumed, if the folder has such files of an earlier training.
     """
 
     def __init__(self, output_dir: str, network: torch.nn.Module, interval: int, keep: int, resume: bool) -> None:
@@ -159,7 +157,7 @@ class StepWeightsSaver:
         if is_fresh_start(engine) and (steps := self._steps()):
             raise InputError(
                 f"{self.output_dir}/step-{steps[0]}.pt: is of an earlier training; choose another --output_dir, "
-                f"or go on with that one by --resume True"
+                f"or resume that training by --resume True"
             )
 
     @idist.one_rank_only()
@@ -170,10 +168,10 @@ class StepWeightsSaver:
 
 
 class EarlierWeightsKeeper:
-    """Handler that, when training begins, copies the checkpoint that it will replace.
+    """Handler that copies the checkpoint that training will replace, when training starts.
 
     Args:
-        path: the checkpoint; the copy beside it is named after the content, so that none is kept twice.
+        path: the checkpoint. The copy beside it is named after the content, so that the same is kept only once.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -191,4 +189,4 @@ class EarlierWeightsKeeper:
         if not copy.exists():
             with whole_files(copy.parent) as temporary:
                 shutil.copy2(self.path, temporary / copy.name)
-        print(f"{self.path} will be replaced; its present content stays in {copy}")
+        print(f"{self.path} will be replaced; its present content is kept in {copy}")

@@ -5,10 +5,10 @@ from ignite.engine import Engine, Events
 
 
 class FixedLossScale:
-    """Handler that keeps the factor of the loss where float16 wants one; it is halved only after an overflow.
+    """Handler that fixes the loss scale in float16; an overflow still halves it.
 
     Args:
-        scale: the factor; None leaves it to torch, which looks for the largest that doesn't overflow.
+        scale: the factor; None leaves it to torch, which searches for the largest one without overflow.
     """
 
     def __init__(self, scale: float | None) -> None:

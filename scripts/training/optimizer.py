@@ -1,4 +1,4 @@
-"""The optimiser of training: Muon for weights of convolutions, AdamW for what batch norms and biases have."""
+"""The optimiser of training: Muon for the weights of convolutions, AdamW for batch norms and biases."""
 
 import math
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.optim.adamw import adamw
 
-# coefficients of the quintic iteration, and how often it is applied, as published
+# coefficients and number of the quintic iterations, as published
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 # root mean square of AdamW's steps, as a share of the learning rate
@@ -15,9 +15,9 @@ STEP_SIZE = 0.2
 
 
 def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
-    """A matrix of the same singular vectors whose singular values are near 1, by iteration of Newton and Schulz.
+    """Return a matrix with the same singular vectors and singular values near 1, by Newton-Schulz iteration.
 
-    Those above a hundredth of the matrix's norm come to 0.6 to 1.2; far smaller ones stay small.
+    Singular values above a hundredth of the matrix's norm become 0.6 to 1.2; far smaller ones stay small.
 
     Shapes: (rows, columns) -> (rows, columns).
     """
@@ -31,23 +31,22 @@ def orthogonalised(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for parameters of two axes and more, as matrices of their first axis by the others; AdamW for vectors.
+    """Muon for parameters with two or more axes, as matrices of the first axis by the others; AdamW for vectors.
 
-    So all weights of convolutions move by Muon, and what belongs to batch norms, and biases, by AdamW.
-    torch.optim.Muon takes nothing but matrices. A step of a matrix has about the size that it has by AdamW, so one
-    learning rate serves both.
+    So Muon updates the weights of convolutions, and AdamW updates batch norms and biases. torch.optim.Muon takes only
+    matrices. Steps of a matrix are about as large as with AdamW, so one learning rate serves both.
 
     Sources: K. Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024); the size of steps:
     J. Liu et al., "Muon is scalable for LLM training" (2025).
 
     Args:
-        params: what is trained, or groups of it, as of any optimiser of torch.
+        params: parameters or groups of them, as for any optimiser of torch.
         lr: learning rate.
-        betas: of AdamW; the first one is the momentum of matrices too, so that a schedule moves both.
+        betas: of AdamW; the first is also the momentum of matrices, so that a schedule changes both.
         weight_decay: decoupled weight decay of both.
 
     Raises:
-        ValueError: one of them is out of its range.
+        ValueError: one of them is out of range.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update once, by the gradients that are there or that `closure` makes; returns what that returns."""
+        """Update once, with the present gradients or those that `closure` computes; return its result."""
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""A trace of training steps, to see where their time goes."""
 
 from pathlib import Path
 
@@ -10,10 +10,9 @@ from scripts.files import whole_files
 
 
 class TraceSaver:
-    """Handler that records some training steps, after two that warm up, and writes what took how long.
+    """Handler that records training steps, after two to warm up, in `trace-rank<n>.pt.trace.json`.
 
-    The file is `trace-rank<n>.pt.trace.json`, which opens in Perfetto and in TensorBoard. A training of too few steps
-    leaves none and says so.
+    Perfetto and TensorBoard open the file. A training with too few steps writes none and prints so.
 
     Args:
         output_dir: the folder to write to.

@@ -1,4 +1,4 @@
-"""How a training goes: a progress bar, and TensorBoard's curves and pictures."""
+"""Progress of a training: a bar, and curves and pictures for TensorBoard."""
 
 from pathlib import Path
 
@@ -19,13 +19,13 @@ PICTURE_DPI = 60
 
 
 class Progress:
-    """Handler of a trainer that shows its progress as a bar and logs it for TensorBoard, validation included.
+    """Handler of a trainer that shows a progress bar and logs training and validation for TensorBoard.
 
-    Of several processes only the first does so. MLflow gets the pictures too, where it records the run.
+    Only the first of several processes does so. If MLflow records the run, it gets the pictures too.
 
     Args:
         output_dir: the folder of the log.
-        validator: the evaluator that scores the network so far.
+        validator: the evaluator that scores the network during training.
         picture_interval: epochs from one picture of the validation to the next; 0 for none.
     """
 
@@ -49,12 +49,12 @@ class Progress:
 class PictureLog:
     """Handler of a validator that draws its first subject by `segmentation_picture`, for TensorBoard and MLflow.
 
-    It draws the first validation, and each that comes `interval` epochs or more after the last one drawn.
+    It draws the first validation, and each one `interval` epochs or more after the last picture.
 
     Args:
         summary_writer: TensorBoard's log, where the picture is `validation/subject-<id>`.
         interval: epochs from one picture to the next.
-        trainer: whose MLflow run gets the pictures, if it is tracked.
+        trainer: its MLflow run gets the pictures, if it is tracked.
     """
 
     def __init__(self, summary_writer: SummaryWriter, interval: int, trainer: Engine | None = None) -> None:
@@ -73,7 +73,7 @@ class PictureLog:
         self.due = epoch + self.interval
         item = next(segmented_subjects(engine))
         t1 = item["t1"]
-        if t1.shape != item["pred"].shape:  # a recipe validates a part of the volume
+        if t1.shape != item["pred"].shape:  # a recipe validates only a part of the volume
             t1 = item["image"][:1] - item["image"][:1].min()
         # MONAI Label's subjects have no id
         name = f"subject-{item['subject']}" if "subject" in item else Path(item["t1"].meta["filename_or_obj"]).stem

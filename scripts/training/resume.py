@@ -1,4 +1,4 @@
-"""A training that may be stopped at any moment and resumed as if it hadn't been."""
+"""A training that can be stopped at any moment and resumed without a trace."""
 
 import functools
 import inspect
@@ -27,14 +27,14 @@ from scripts.files import whole_files
 from scripts.weights import is_fresh_start, load_weights, read_checkpoint, sha256
 
 
-def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:
-    """Describe what an object was made with, in plain types that a checkpoint may hold, so that two can be compared.
+def describe(part: Any, within: tuple[int, ...] = ()) -> Any:
+    """Describe how an object was configured, in plain types for a checkpoint, so that two objects can be compared.
 
     Args:
-        part: a network, a loss, transforms or a setting. An object is described by its kind and its public attributes,
-            recursively, a network without its weights; an array by its values, or by its shape if they are many; a
-            function by its name, which is the same for any two lambdas of one scope.
-        within: the objects whose attribute it is, by `id`; cycles are described by kind only.
+        part: a network, a loss, transforms or a setting. The description of an object has its kind and its public
+            attributes, recursively, without a network's weights. That of an array has its values, or its shape if they
+            are many. That of a function is its name, which is the same for all lambdas of a scope.
+        within: `id` of each object that contains it; a cycle is described by kind only.
     """
     if isinstance(part, torch.dtype | torch.device | np.dtype | Enum | slice):
         return str(part)
@@ -45,21 +45,21 @@ def made_with(part: Any, within: tuple[int, ...] = ()) -> Any:
     if inspect.isroutine(part) or inspect.isclass(part):
         return part.__qualname__
     if isinstance(part, list | tuple):
-        return [made_with(value, (*within, id(part))) for value in part]
+        return [describe(value, (*within, id(part))) for value in part]
     if isinstance(part, Mapping):
-        return {str(name): made_with(value, (*within, id(part))) for name, value in part.items()}
+        return {str(name): describe(value, (*within, id(part))) for name, value in part.items()}
     if isinstance(part, functools.partial):
-        return made_with({"kind": "partial", "func": part.func, "args": part.args, **part.keywords}, within)
+        return describe({"kind": "partial", "func": part.func, "args": part.args, **part.keywords}, within)
     attributes = {} if id(part) in within else getattr(part, "__dict__", {})
-    # other private attributes may change in use; a loss keeps its class weights in buffers, while those of a network
-    # come from its training
+    # other private attributes may change in use; buffers are the class weights of a loss, but results of training in a
+    # network
     kept = ("_modules", "_buffers") if isinstance(part, _Loss) else ("_modules",) if isinstance(part, nn.Module) else ()
     attributes = {name: value for name, value in attributes.items() if name in kept or not name.startswith("_")}
-    return {"kind": type(part).__name__} | made_with(attributes, (*within, id(part)))
+    return {"kind": type(part).__name__} | describe(attributes, (*within, id(part)))
 
 
 def first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
-    """Return where two differing results of `made_with` first differ: the path to it from `name`, and both values."""
+    """Return where two results of `describe` first differ: the path from `name`, and both values."""
     if isinstance(then, dict) and isinstance(now, dict):
         if then.get("kind") != now.get("kind"):
             return name, then.get("kind"), now.get("kind")
@@ -74,7 +74,7 @@ def first_difference(name: str, then: Any, now: Any) -> tuple[str, Any, Any]:
     return name, then, now
 
 
-# settings of a training that may change when it is resumed, and those that are compared by what they lead to
+# settings that a resumed training may change, and settings that are compared by their effect
 NOT_COMPARED = {
     *("dataset_dir", "checkpoint_interval", "checkpoints_kept", "profile_steps", "picture_interval"),
     *("epochs", "crops_per_epoch", "val_subjects", "optimizer", "lr_scheduler"),
@@ -82,26 +82,26 @@ NOT_COMPARED = {
 
 
 class ResumableTraining:
-    """Handler that writes the state of a training after each epoch and resumes from there when asked.
+    """Handler that writes the state of a training after each epoch and resumes from it if asked.
 
-    All that is random in an epoch is drawn from the seed, the epoch's number and the rank. So the file needs no random
-    state, and on a processor a resumed training takes the very steps that an uninterrupted one takes.
+    The random numbers of an epoch depend only on the seed, the epoch and the rank. So the file needs no random state,
+    and on a CPU a resumed training takes exactly the steps of an uninterrupted one.
 
     Args:
-        path: the file, written whole: the `state_dict` of each part under its name, and the progress. It is also a
-            checkpoint that `load_weights` takes.
-        resume: whether to resume from the file; where there is none, training starts at the first epoch.
-        seed: for another training.
-        settings: by name, plain values or objects, see `made_with`; except NOT_COMPARED they can't change on the way.
-            Nor can the subjects, the transforms, the number of epochs and their steps.
+        path: the file, written whole, with the `state_dict` of each part by name, and the progress. `load_weights` also
+            takes it as a checkpoint.
+        resume: whether to resume from the file; if it doesn't exist, training starts at the first epoch.
+        seed: of the training.
+        settings: by name, plain values or objects, see `describe`. A resumed training must have the same, except
+            NOT_COMPARED, and the same subjects, transforms, number of epochs and steps per epoch.
         best_path: the checkpoint of the best epoch.
         validator: the evaluator whose best metric is kept.
         model: the network.
-        parts: whatever else has a state: optimiser, learning rate scheduler.
+        parts: other objects with a state: optimiser, learning rate scheduler.
 
     Raises:
-        InputError: `resume` isn't a bool; when training starts, if the file is damaged or belongs to a training with
-            other settings, or processes would resume from different epochs.
+        InputError: `resume` isn't a bool; when training starts, if the file is damaged or of a training with other
+            settings, or if processes would resume from different epochs.
     """
 
     def __init__(
@@ -119,10 +119,11 @@ class ResumableTraining:
         self.path = Path(path)
         self.resume = resume
         self.seed = seed
-        # described now: the first step changes the state of an optimiser and a schedule
-        self.settings = {name: made_with(value) for name, value in settings.items() if name not in NOT_COMPARED}
+        # now, because the first step changes the state of an optimiser and a schedule
+        self.settings = {name: describe(value) for name, value in settings.items() if name not in NOT_COMPARED}
+        # by kind too: torch would load the state of one optimiser into another
         self.settings |= {
-            name: {"kind": type(part).__name__, "state": made_with(part.state_dict())} for name, part in parts.items()
+            name: {"kind": type(part).__name__, "state": describe(part.state_dict())} for name, part in parts.items()
         }
         self.best_path = Path(best_path)
         self.validator = validator
@@ -134,31 +135,31 @@ class ResumableTraining:
         self.settings |= {
             "subjects": names_of(training.data),
             "val_subjects": names_of(validation.data),
-            "transforms": made_with(training.transform),
+            "transforms": describe(training.transform),
         }
         if self.resume:
             engine.add_event_handler(Events.STARTED, self.resume_training)
         engine.add_event_handler(Events.STARTED, self.save_after_others)
-        engine.add_event_handler(Events.EPOCH_STARTED, self.draw_anew)
+        engine.add_event_handler(Events.EPOCH_STARTED, self.seed_epoch)
 
     def save_after_others(self, engine: Engine) -> None:
-        """Save after each epoch, behind the validation, wherever that stands: all handlers are attached by now."""
+        """Save after each epoch and after its validation: all handlers are attached by now."""
         if not engine.has_event_handler(self.save, Events.EPOCH_COMPLETED):
             engine.add_event_handler(Events.EPOCH_COMPLETED, self.save)
 
-    def draw_anew(self, engine: Engine) -> None:
-        """Set every random state to that of the epoch and rank."""
+    def seed_epoch(self, engine: Engine) -> None:
+        """Set every random state from the epoch and the rank."""
         seed = epoch_seed(self.seed, engine.state.epoch, idist.get_rank())
         set_determinism(seed)
-        # bound to one order of sums, cuDNN takes 15 times as long for the grouped upsampling of the paper's variant
-        # (0.68 s a step, else 0.05 s, on an H100)
+        # deterministic cuDNN takes 15 times as long for the grouped upsampling of the paper's variant (0.68 s instead
+        # of 0.05 s per step, on an H100)
         grouped = any(isinstance(each, nn.ConvTranspose3d) and each.groups > 1 for each in self.model.modules())
         torch.backends.cudnn.deterministic = not grouped
         set_rnd(engine.data_loader.dataset, seed)
 
     @idist.one_rank_only()
     def save(self, engine: Engine) -> None:
-        """Write the state after the epoch that was completed."""
+        """Write the state after an epoch."""
         best = self.validator.state
         state = {name: part.state_dict() for name, part in self._stateful(engine).items()}
         state["settings"] = self._settings(engine)
@@ -172,13 +173,13 @@ class ResumableTraining:
             torch.save(state, temporary / self.path.name)
 
     def resume_training(self, engine: Engine) -> None:
-        """Load the state and continue with its next epoch, when training starts."""
+        """Load the state when training starts, and continue with the next epoch."""
         if not is_fresh_start(engine):
             return
         if self.path.exists():
             self._load(engine)
         else:
-            print(f"{self.path} isn't there: training starts at the first epoch")
+            print(f"{self.path} doesn't exist: training starts at the first epoch")
         if len(epochs := set(gathered([engine.state.epoch]))) > 1:
             raise InputError(
                 f"{self.path}: isn't the same for all processes, which would resume after epochs {sorted(epochs)}; "
@@ -188,7 +189,7 @@ class ResumableTraining:
     def _load(self, engine: Engine) -> None:
         load_weights(self.model, str(self.path))
         state = read_checkpoint(str(self.path))
-        remedy = "give the settings that it began with, or train anew without --resume"
+        remedy = "use the settings that it began with, or train anew without --resume"
         try:
             progress, stateful, settings = state["progress"], self._stateful(engine), self._settings(engine)
             if unknown := [name for name in settings if name not in state["settings"]]:
@@ -208,7 +209,7 @@ class ResumableTraining:
                 self.validator.state.best_metric = progress["best_metric"]
                 self.validator.state.best_metric_epoch = progress["best_metric_epoch"]
             else:
-                print(f"{self.best_path} isn't the best network so far: the next one that is validated counts as such")
+                print(f"{self.best_path} isn't the best network so far: the next validation counts as the best")
         except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
             if isinstance(error, InputError):
                 raise
@@ -225,10 +226,10 @@ class ResumableTraining:
             "epochs": engine.state.max_epochs,
             "steps per epoch": engine.state.epoch_length,
             **self.settings,
-            # torch would load the state of one optimiser into another, and lose what was set of the second
+            # else the state of a scaler would be dropped, or its absence reported as damage
             "loss scaler": engine.scaler is not None,
         }
 
     def _best_network(self) -> str | None:
-        """SHA-256 of the best epoch's checkpoint; None where there is none."""
+        """SHA-256 of the best epoch's checkpoint, or None without one."""
         return sha256(self.best_path) if self.best_path.is_file() else None

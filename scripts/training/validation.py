@@ -7,10 +7,10 @@ from scripts.tissues import TISSUES
 
 
 class TissueDice:
-    """Handler that adds the Dice of each tissue to the metrics of an evaluator, from the details of its mean Dice.
+    """Handler that adds the Dice of each tissue, from the details of MONAI's `MeanDice`, to an evaluator's metrics.
 
     Args:
-        mean_dice: name of the MONAI `MeanDice` metric; `<mean_dice>_csf`, `_gm` and `_wm` are added.
+        mean_dice: name of the `MeanDice` metric; the handler adds `<mean_dice>_csf`, `_gm` and `_wm`.
     """
 
     def __init__(self, mean_dice: str) -> None:
@@ -26,10 +26,10 @@ class TissueDice:
 
 
 class Validation:
-    """Handler of a trainer that validates at an interval of epochs, and after the last epoch in any case.
+    """Handler of a trainer that validates at an interval of epochs, and always after the last one.
 
-    MONAI's ValidationHandler leaves out the last epochs, which have the lowest learning rate, and with fewer epochs
-    than the interval all of them, so that no network would be saved.
+    MONAI's ValidationHandler doesn't validate the last epochs, which have the lowest learning rate. With fewer epochs
+    than the interval it validates none, so no network would be saved.
 
     Args:
         validator: the evaluator.

@@ -58,7 +58,7 @@ def test_inference_does_the_good_ones_of_a_folder_and_lists_the_bad_ones(tmp_pat
     good = [case_of(name) for name in ("with space", "it's", 'say-"hello"', "naïve-赤ちゃん", "-dash")]
     folder, output = unlabelled(tmp_path / "data", [*bad, *good]), tmp_path / "out"
     message = refused_run(folder, output)
-    assert message == f"{len(bad)} subjects are not segmented, see above; mend or remove them"
+    assert message == f"{len(bad)} subjects are not segmented, see above; fix or remove them"
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not segmented: ")]
     assert len(lines) == len(bad)
     for case in bad:
@@ -105,7 +105,7 @@ def test_inference_stops_at_a_bad_subject_when_asked_to(good_bad_good, tmp_path)
 
 def test_only_bad_subjects(tmp_path, capsys):
     folder, output = unlabelled(tmp_path / "data", [TRUNCATED, NO_T2]), tmp_path / "out"
-    assert refused_run(folder, output) == "2 subjects are not segmented, see above; mend or remove them"
+    assert refused_run(folder, output) == "2 subjects are not segmented, see above; fix or remove them"
     assert capsys.readouterr().out.count("not segmented: ") == 2
     assert nothing_written(output)
 

@@ -261,7 +261,10 @@ def test_settings_that_no_task_can_use(dataset, tmp_path, configs):
     for settings, message in (
         ({"device": "gpu"}, "--device gpu: can't be used "),
         ({"foreground_margin": -1}, "--foreground_margin -1: must be a whole number of at least 0"),
-        *(({name: 2024}, "2024: isn't text, as a path must be") for name in ("output_dir", "ckpt_dir", "dataset_dir")),
+        *(
+            ({name: 2024}, "2024: isn't text, so it can't be a path")
+            for name in ("output_dir", "ckpt_dir", "dataset_dir")
+        ),
     ):
         assert refused_run(dataset, output, *configs, run_id=run_id, **settings).startswith(message)
         assert nothing_written(output)

@@ -26,10 +26,10 @@ import itertools, os, sys
 sys.path.insert(0, os.getcwd())
 import ignite.distributed as idist
 import torch
-from scripts.distributed import gathered, join, leave, own_share
+from scripts.distributed import gathered, join, leave, items_of_rank
 join(sys.argv[1], torch.device("cpu"))
 for count in (0, 1, 5):
-    share = own_share(list(range(count)))
+    share = items_of_rank(list(range(count)))
     all_items = gathered(share)
     if idist.get_rank() == 0:
         print(count, list(dict.fromkeys(all_items)))
@@ -173,7 +173,7 @@ def test_killed_process_ends_the_job_or_it_goes_on(dataset, tmp_path, restarts):
     epoch = torch.load(tmp_path / "last.pt", weights_only=True)["progress"]["epoch"]
     if restarts:
         assert status == 0, told
-        assert "training goes on after epoch" in told
+        assert "training resumes after epoch" in told
         assert epoch == 6
     else:
         assert status != 0

@@ -4,7 +4,7 @@ import pytest
 from helpers import configured
 from processes import succeeds, training
 
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.results.tables import read_csv
 
 
@@ -12,7 +12,7 @@ from scripts.results.tables import read_csv
 def test_training_on_hdf5_files(hdf5_prepared, tmp_path):
     succeeds(*training(hdf5_prepared, tmp_path))
     assert (tmp_path / "model.pt").exists()
-    assert [s["subject"] for s in Dataset(str(hdf5_prepared)).training([9])] == ["1", "2"]
+    assert [s["subject"] for s in SubjectFolder(str(hdf5_prepared)).training([9])] == ["1", "2"]
 
 
 def test_scores_are_those_of_the_images(hdf5_scans, hdf5_prepared, tmp_path):

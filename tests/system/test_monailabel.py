@@ -276,7 +276,7 @@ def test_image_that_can_not_be_segmented(home, slicer, both, tmp_path):
     assert f"InputError: {looked_for}: not found, and {alone} holds T1 alone" in refused(slicer, "subject-8-T1")
     Path(alone).unlink()
     slicer.client.upload_image(str(t1), "volume")
-    assert "volume.nii.gz: holds one volume, and its name doesn't end in -T1" in refused(slicer, "volume")
+    assert "volume.nii.gz: has one volume, and its name doesn't end in -T1" in refused(slicer, "volume")
     values = np.asarray(nib.load(both).dataobj)
     save_volume(tmp_path / "tmp_three.nii.gz", np.concatenate([values, values[..., :1]], axis=-1))
     slicer.client.upload_image(str(tmp_path / "tmp_three.nii.gz"), "three")
@@ -321,7 +321,7 @@ def test_training_and_the_way_back(home, slicer, first_labels, brains):
     assert len(scores) == 2  # of the weights found and of the one epoch
     assert scores[1] > scores[0]
     assert log.count(f"best network: {home.weights}") == 1
-    assert f"{home.weights} will be replaced; its present content stays in {kept}" in log
+    assert f"{home.weights} will be replaced; its present content is kept in {kept}" in log
     assert list(home.model.glob("models/model-*.pt")) == [kept]
     assert kept.read_bytes() == found
     assert not same_weights(home.weights, kept)
@@ -368,7 +368,7 @@ def test_training_on_several_devices_and_with_too_few_labels_to_validate(home, b
     assert result.returncode == 0, said
     assert "Return code: 0" in said
     assert said.count("best network:") == 1
-    assert "none is left to validate: those that train (1) do" in said
+    assert "no subject is left to validate: the training subjects (1) are used" in said
     assert (model / "eval" / "rank-1.log").exists()
 
 

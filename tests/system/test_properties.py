@@ -20,7 +20,7 @@ from scipy.ndimage import grey_dilation, grey_erosion
 
 from scripts.commands.prepare_hdf5 import prepare_hdf5
 from scripts.data.hdf5 import read_hdf5
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.data.volumes import read_volume
 from scripts.results.label_images import LabelSaver
 from scripts.tissues import tissue_labels
@@ -59,7 +59,7 @@ def save_turned(folder: Path, volumes: dict[str, np.ndarray], order: np.ndarray,
     affine = affine @ inv_ornt_aff(order, volumes["T1"].shape)
     for kind, values in volumes.items():
         nib.save(nib.Nifti1Image(nib.apply_orientation(values, order), affine), folder / f"subject-1-{kind}.nii")
-    return Dataset(str(folder)).require_good()[0]
+    return SubjectFolder(str(folder)).require_good()[0]
 
 
 def there_and_back(before_and_after, shape, order, spacing, rng, suffix) -> tuple[np.ndarray, np.ndarray]:
@@ -71,8 +71,8 @@ def there_and_back(before_and_after, shape, order, spacing, rng, suffix) -> tupl
         subject = save_turned(folder, {"T1": t1, "T2": t2, "label": label}, order, spacing)
         loaded = before(subject)
         sides = loaded["image"].shape[1:]
-        assert min(sides) >= 32 and max(sides) < 75  # padded, and cut
-        assert not any(side % 16 for side in sides)  # as the paper's network wants it
+        assert max(sides) < 75  # cut
+        assert not any(side % 16 for side in sides)  # padded as the paper's network wants it
         logits = one_hot(loaded["label"].as_tensor()[None], num_classes=4)[0]
         found = after(loaded | {"pred": MetaTensor(logits)}) | {"subject": "1"}
         LabelSaver(str(folder / "out"), suffix).write(found)
@@ -113,7 +113,7 @@ def test_subject_is_the_same_from_hdf5(before_and_after, shape, order, spacing, 
         scans.mkdir()
         of_images = before(save_turned(scans, {"T1": t1, "T2": t2, "label": label}, order, spacing))
         prepare_hdf5(str(scans), str(prepared), val_subjects=[])
-        subject = Dataset(str(prepared)).require_good()[0]
+        subject = SubjectFolder(str(prepared)).require_good()[0]
         of_hdf5 = before(subject)
         image, labels = read_hdf5(subject["image"][0])
     torch.testing.assert_close(of_hdf5["image"].as_tensor(), of_images["image"].as_tensor(), rtol=0, atol=1e-4)

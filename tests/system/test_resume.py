@@ -30,7 +30,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninte
     complete = 1 if moment == "writing" else 2
     assert torch.load(output / "last.pt", weights_only=True)["progress"]["epoch"] == complete
     losses = train_in_process(dataset, output, resume=True)
-    assert f"goes on after epoch {complete} of 3" in capsys.readouterr().out
+    assert f"resumes after epoch {complete} of 3" in capsys.readouterr().out
     expected_output, expected_losses = uninterrupted
     assert losses == {step: loss for step, loss in expected_losses.items() if step > 2 * complete}
     for name in ("last.pt", "model.pt"):
@@ -40,7 +40,7 @@ def test_killed_training_goes_on_as_if_it_had_not_been(dataset, tmp_path, uninte
 @pytest.mark.slow
 def test_nothing_to_resume_starts_at_the_first_epoch(dataset, tmp_path, uninterrupted, capsys):
     assert train_in_process(dataset, tmp_path, resume=True) == uninterrupted[1]
-    assert f"{tmp_path}/last.pt isn't there: training starts at the first epoch" in capsys.readouterr().out
+    assert f"{tmp_path}/last.pt doesn't exist: training starts at the first epoch" in capsys.readouterr().out
 
 
 def test_finished_training_has_nothing_left_to_do(dataset, tmp_path, uninterrupted):
@@ -127,7 +127,7 @@ def test_another_subject_among_those_that_train(dataset, tmp_path, uninterrupted
 def test_same_settings_in_other_words(dataset, tmp_path, uninterrupted, capsys):
     shutil.copytree(uninterrupted[0], tmp_path / "out")
     assert train_in_process(dataset, tmp_path / "out", resume=True, val_subjects=["9"]) == {}
-    assert "goes on after epoch 3 of 3" in capsys.readouterr().out
+    assert "resumes after epoch 3 of 3" in capsys.readouterr().out
 
 
 def test_training_that_replaced_what_it_started_from_goes_on(dataset, tmp_path, capsys):
@@ -137,7 +137,7 @@ def test_training_that_replaced_what_it_started_from_goes_on(dataset, tmp_path, 
     # batch norms count their batches
     assert read_checkpoint(str(tmp_path / "model.pt"))["features.norm0.num_batches_tracked"] == 2
     assert train_in_process(dataset, tmp_path, resume=True, **started) == {}
-    assert "goes on after epoch 1 of 1" in capsys.readouterr().out
+    assert "resumes after epoch 1 of 1" in capsys.readouterr().out
 
 
 def test_subjects_as_monai_label_hands_them_on(brains, tmp_path):
@@ -160,6 +160,6 @@ def test_file_that_is_not_the_state_of_this_training(dataset, tmp_path, uninterr
     del state["settings"]["synthetic_share"]
     torch.save(state, last)
     message = refusal(train_in_process, dataset, tmp_path, resume=True)
-    assert "last.pt: doesn't tell the synthetic_share of its training, so another version" in message
+    assert "last.pt: has no record of synthetic_share, so another version" in message
     last.write_bytes((uninterrupted[0] / "last.pt").read_bytes()[:5000])
     assert_one_line(bundle(*training(dataset, tmp_path, "--resume", "True")), f"{last}: can't be read as a checkpoint")

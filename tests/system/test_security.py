@@ -37,7 +37,7 @@ def test_checkpoint_with_code_is_refused_and_not_run(dataset, tmp_path, name):
     else:
         settings = QUICK | ({"start_from": str(path)} if name == "--start_from" else {"resume": True})
         message = refused_run(dataset, output, "train.json", "recipes/robust.json", **settings)
-    assert message.startswith(f"{path}: refers to exec, so loading it could run code; it wasn't loaded")
+    assert message.startswith(f"{path}: refers to exec, so loading could run code; it wasn't loaded")
     assert path.read_bytes() == before
     assert not touched.exists()
     torch.load(path, weights_only=False)  # the file isn't harmless

@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from scripts.machine import keep_freed_memory, left_by_groups, own_device
+from scripts.machine import cgroup_memory_left, keep_freed_memory, own_device
 
 
 def test_memory_setting_tells_glibc(monkeypatch):
@@ -37,12 +37,12 @@ def test_memory_that_containers_and_jobs_leave(tmp_path, kind, limit, used, cach
         (folder / "memory.stat").write_text(f"anon 100\n{cache} 500\n")
     own = tmp_path / "own"
     own.write_text(f"1:name=systemd:/x\n2:{kind}:/slurm/job/step\n")
-    assert left_by_groups(tmp_path, own) == [700, 800]
-    assert left_by_groups(tmp_path, tmp_path / "absent") == []
+    assert cgroup_memory_left(tmp_path, own) == [700, 800]
+    assert cgroup_memory_left(tmp_path, tmp_path / "absent") == []
     (job / "memory.stat").unlink()
-    assert left_by_groups(tmp_path, own) == [200, 800]
+    assert cgroup_memory_left(tmp_path, own) == [200, 800]
     own.write_text("1:cpu:/slurm/job\n")
-    assert left_by_groups(tmp_path, own) == []
+    assert cgroup_memory_left(tmp_path, own) == []
 
 
 def test_the_device_is_that_of_the_rank_on_its_machine(monkeypatch):

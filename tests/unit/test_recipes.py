@@ -8,7 +8,7 @@ from helpers import ROOT
 from ignite.engine import Engine
 from monai.bundle import ConfigWorkflow
 
-from scripts.data.datasets import Draw
+from scripts.data.datasets import PatchDraw
 from scripts.errors import InputError
 from scripts.inference.precision import float16_or_auto, needs_loss_scaling
 from scripts.training.loss_scale import FixedLossScale
@@ -122,7 +122,7 @@ def test_loss_scale_of_256_holds_where_float16_is_computed():
 @pytest.mark.parametrize(("patch_size", "shape"), [(32, (32, 32, 32)), ([16, 48, 64], (16, 48, 64))])
 def test_robust_recipe_cuts_what_it_turns_from_larger_patches(dataset, tmp_path, patch_size, shape):
     config = workflow(dataset, tmp_path, "robust", patch_size=patch_size).parser
-    patches = [config.get_parsed_content("train#dataset")[Draw(n % 2, n)] for n in range(8)]
+    patches = [config.get_parsed_content("train#dataset")[PatchDraw(n % 2, n)] for n in range(8)]
     for patch in (patch[0] if isinstance(patch, list) else patch for patch in patches):
         assert (patch["image"].shape, patch["label"].shape) == ((2, *shape), (1, *shape))
         assert patch["image"].isfinite().all()

@@ -141,8 +141,8 @@ def test_the_process_is_left_as_it_was(paths, capfd, caplog, monkeypatch, tmp_pa
         ({"foreground_margin": 2.5}, "--foreground_margin 2.5: must be a whole number"),
         ({"foreground_margin": -1}, "--foreground_margin -1: must be a whole number"),
         ({"foreground_margin": "auto"}, "--foreground_margin auto: must be a whole number"),
-        ({"checkpoints": 5}, "5: isn't text, as a path must be; write ./5"),
-        ({"ckpt_dir": 5}, "5: isn't text, as a path must be; write ./5"),
+        ({"checkpoints": 5}, "5: isn't text, so it can't be a path; write ./5"),
+        ({"ckpt_dir": 5}, "5: isn't text, so it can't be a path; write ./5"),
     ],
 )
 def test_settings_that_can_not_be(settings, message, paths):
@@ -158,9 +158,9 @@ IMAGE = nib.Nifti1Image(ONES, LAS)
     ("given", "message"),
     [
         (("nowhere-T1.nii", "nowhere-T2.nii"), "nowhere-T1.nii: can't be read"),
-        ((ONES, ONES), "T1: is an array, which has no grid of its own; give the 4 x 4 affine"),
-        ((ONES, ONES, np.eye(3)), "affine: must be a 4 x 4 matrix"),
-        ((ONES, ONES, np.zeros((4, 4))), "affine: must be a 4 x 4 matrix"),
+        ((ONES, ONES), "T1: is an array, which has no grid; give the 4 x 4 affine"),
+        ((ONES, ONES, np.eye(3)), "affine: must be an invertible 4 x 4 matrix"),
+        ((ONES, ONES, np.zeros((4, 4))), "affine: must be an invertible 4 x 4 matrix"),
         ((IMAGE, IMAGE, LAS), "affine: is for arrays, and the T1 is a file or an image"),
         ((ONES, ONES[:4], LAS), "T2: shape (4, 6, 7) differs from (5, 6, 7) of T1"),
         ((IMAGE, nib.Nifti1Image(ONES, np.eye(4))), "T2: its affine differs from that of T1"),

@@ -69,7 +69,7 @@ def test_unknown_override_in_an_args_file(tmp_path):
 def test_file_of_settings_that_can_not_be_read(option, content, tmp_path):
     path = tmp_path / "settings.json"
     path.write_bytes(content)
-    with pytest.raises(InputError, match=rf"^--{option} {path}: (can't be read \(.*\); correct|holds no settings)"):
+    with pytest.raises(InputError, match=rf"^--{option} {path}: (can't be read \(.*\); correct it|has no settings)"):
         refuse_unknown_overrides(["run", "--config_file", TRAIN, f"--{option}", str(path)])
 
 

@@ -6,7 +6,7 @@ import torch
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.weights import checkpoint_paths, holds, load_weights, starting_network
+from scripts.weights import checkpoint_paths, has_weights_of, load_weights, starting_network
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_checkpoint_that_is_larger_than_its_file(checkpoint):
         for name in records.namelist():
             packed.writestr(name, bytes(len(records.read(name))) if "/data/" in name else records.read(name))
     assert path.stat().st_size < len(content) / 10
-    with pytest.raises(InputError, match=f"{path}: is packed"):
+    with pytest.raises(InputError, match=f"{path}: is compressed"):
         load_weights(network, str(path))
 
 
@@ -76,7 +76,7 @@ def test_truncated_checkpoint(checkpoint):
 @pytest.mark.parametrize("content", [{"model": 3}, dict.fromkeys(SkipDenseSeg().state_dict(), 3)])
 def test_file_of_other_things_does_not_hold_the_network(tmp_path, content):
     torch.save(content, tmp_path / "model.pt")
-    assert not holds(tmp_path / "model.pt", SkipDenseSeg())
+    assert not has_weights_of(tmp_path / "model.pt", SkipDenseSeg())
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,7 @@ def test_checkpoints_that_a_setting_names(tmp_path):
     assert checkpoint_paths(["not/there.pt", pattern]) == ["not/there.pt", one, ten, two]
 
 
-@pytest.mark.parametrize(
-    ("setting", "message"), [("cv/fold-*/model.pt", r"cv/fold-\*/model.pt: no"), ([], "names none")]
-)
+@pytest.mark.parametrize(("setting", "message"), [("cv/fold-*/model.pt", r"cv/fold-\*/model.pt: no"), ([], "is empty")])
 def test_checkpoints_that_name_none(setting, message):
     with pytest.raises(InputError, match=message):
         checkpoint_paths(setting)
@@ -138,14 +136,14 @@ def test_checkpoints_that_name_none(setting, message):
 
 def test_checkpoint_that_holds_a_network(checkpoint):
     path, network = checkpoint
-    assert holds(path, network)
-    assert not holds(path.with_name("absent.pt"), network)
-    assert not holds(path, SkipDenseSeg())
-    assert not holds(path, SkipDenseSeg(block_config=(4,)))
+    assert has_weights_of(path, network)
+    assert not has_weights_of(path.with_name("absent.pt"), network)
+    assert not has_weights_of(path, SkipDenseSeg())
+    assert not has_weights_of(path, SkipDenseSeg(block_config=(4,)))
     torch.save({"model": network.state_dict(), "epoch": 3}, path)
-    assert holds(path, network)
+    assert has_weights_of(path, network)
     path.write_bytes(path.read_bytes()[:-1000])
-    assert not holds(path, network)
+    assert not has_weights_of(path, network)
 
 
 def test_network_that_training_starts_with(tmp_path, network):

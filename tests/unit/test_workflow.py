@@ -25,7 +25,7 @@ TRAIN = str(ROOT / "configs" / "train.json")
         ({"learning_rate": -1e-3}, "--learning_rate -0.001: must be a number above 0"),
         ({"learning_rate": float("nan")}, "--learning_rate nan: must be a number"),
         ({"learning_rate": "abc"}, "--learning_rate abc: must be a number"),
-        ({"val_subjects": []}, r"--val_subjects \[\]: names none"),
+        ({"val_subjects": []}, r"--val_subjects \[\]: is empty"),
         ({"start_from": "model.ts"}, "start_from model.ts: isn't a checkpoint that can be trained"),
         ({"start_from": "absent.pt"}, "start_from absent.pt: no such file"),
         ({"start_from": "a" * 300}, "start_from a*: no such file"),

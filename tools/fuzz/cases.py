@@ -21,7 +21,7 @@ from monai.networks import one_hot
 from monai.transforms import Compose
 
 from scripts.commands.import_weights import import_weights
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.network import SkipDenseSeg
 from scripts.results.label_images import write_label
 from scripts.settings import given_options, refuse_unknown_overrides
@@ -144,7 +144,7 @@ def use_subject(kind: str, rng: Rng, folder: Path) -> None:
             path.write_bytes(gzip.compress(content, 1) if path.suffix == ".gz" else content)
 
     before, after = transforms()
-    loaded = before(Dataset(str(folder)).require_good()[0])
+    loaded = before(SubjectFolder(str(folder)).require_good()[0])
     assert loaded["image"].isfinite().all(), "the image isn't finite"
     assert set(loaded["label"].unique().tolist()) <= {0, 1, 2, 3}, "the label isn't 0 to 3"
     found = after(loaded | {"pred": MetaTensor(one_hot(loaded["label"].as_tensor()[None], 4)[0])})["pred"][0].numpy()

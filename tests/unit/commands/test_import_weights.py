@@ -148,7 +148,7 @@ def test_pickle_with_code_is_refused_and_not_run(tmp_path, refused, save, functi
     code = f"touch {touched}" if function is os.system else f"open({str(touched)!r}, 'w').close()"
     with path.open("wb") as file:
         save({"state_dict": published("compact"), "x": Malicious(function, code)}, file)
-    could_run_code = f"refers to {name}, so loading it could run code; it wasn't loaded; have it saved again"
+    could_run_code = f"refers to {name}, so loading could run code; it wasn't loaded; have it saved again"
     refused(None, "can't be read as a checkpoint" if save is pickle.dump else could_run_code)
     assert not touched.exists()
     # the file isn't harmless

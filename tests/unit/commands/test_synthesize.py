@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from scripts.commands.synthesize import synthesize
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.errors import InputError
 from scripts.synthesis.contrast import histogram_overlap
 from scripts.synthesis.label_maps import read_label_map
@@ -36,7 +36,7 @@ def made(labels, tmp_path_factory):
 
 def test_each_label_map_becomes_a_subject_that_can_train(made):
     directory, _ = made
-    subjects = Dataset(str(directory)).require_good()
+    subjects = SubjectFolder(str(directory)).require_good()
     assert [subject["subject"] for subject in subjects] == ["A", "B"]
     assert all("label" in subject for subject in subjects)
 
@@ -74,7 +74,7 @@ def test_what_is_there_is_kept_and_further_draws_are_added(labels, made, capsys)
     first, second = (nib.load(directory / f"subject-{name}-T1.nii.gz").get_fdata() for name in ("A", "A-2"))
     assert np.array_equal(first > 0, second > 0)
     assert np.mean(first != second) > 0.1
-    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: is there already and isn't synthetic nominal seed 1"):
+    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: already exists and isn't synthetic nominal seed 1"):
         synthesize(str(labels), str(directory), seed=1)
 
 
@@ -84,13 +84,13 @@ def test_label_map_that_changed_is_not_taken_for_the_one_before(labels, made, tm
     label = np.asarray(image.dataobj).copy()
     label[tuple(np.argwhere(label == 2)[0])] = 3
     nib.save(nib.Nifti1Image(label, image.affine), tmp_path / "A.nii.gz")
-    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: is there already and isn't"):
+    with pytest.raises(InputError, match=r"subject-A-T1.nii.gz: already exists and isn't"):
         synthesize(str(tmp_path), str(directory))
 
 
 def test_only_the_label_maps_that_are_named(labels, tmp_path):
     synthesize(str(labels), str(tmp_path / "o"), names="B")
-    assert [subject["subject"] for subject in Dataset(str(tmp_path / "o")).require_good()] == ["B"]
+    assert [subject["subject"] for subject in SubjectFolder(str(tmp_path / "o")).require_good()] == ["B"]
     with pytest.raises(InputError, match=r"--names C: no such label map in .*; it has A, B"):
         synthesize(str(labels), str(tmp_path / "o"), names=["A", "C"])
 

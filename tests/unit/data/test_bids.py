@@ -9,7 +9,7 @@ import pytest
 from helpers import touch
 
 from scripts.data.bids import LARGEST_JSON, find_bids_subjects, needed_files
-from scripts.data.subjects import Dataset, require_apart
+from scripts.data.subjects import SubjectFolder, require_apart
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 from scripts.results.paths import derivative_path
@@ -30,13 +30,13 @@ def names(subjects) -> dict[str, list[str]]:
 
 
 def found(directory: Path) -> dict[str, list[str]]:
-    return names(Dataset(str(directory)).require_good())
+    return names(SubjectFolder(str(directory)).require_good())
 
 
 def test_each_session_and_run_is_a_subject_of_its_own(tmp_path):
     touch(tmp_path, *pair("sub-10"), *pair("sub-9_ses-a"), *pair("sub-9_ses-b_run-1"), *pair("sub-9_ses-b_run-2"))
     touch(tmp_path, *(name.removesuffix(".gz") for name in pair("sub-9_ses-c")))
-    subjects = Dataset(str(tmp_path)).require_good()
+    subjects = SubjectFolder(str(tmp_path)).require_good()
     assert [(s["subject"], s["anat"]) for s in subjects] == [
         ("sub-9_ses-a", "sub-9/ses-a/anat"),
         ("sub-9_ses-b_run-1", "sub-9/ses-b/anat"),
@@ -57,7 +57,7 @@ def test_what_lies_about_is_passed_over(tmp_path):
     touch(tmp_path / "sub-1" / "func", "sub-1_task-rest_bold.nii.gz")
     touch(tmp_path / "sub-4" / "dwi", "sub-4_dwi.nii.gz")
     assert found(tmp_path) == {"sub-1": ["sub-1_T1w.nii.gz", "sub-1_T2w.nii.gz"]}
-    assert Dataset(str(tmp_path)).reasons_left_out(None) == {}
+    assert SubjectFolder(str(tmp_path)).reasons_left_out(None) == {}
 
 
 @pytest.mark.parametrize(
@@ -89,15 +89,15 @@ def test_t1w_and_t2w_that_belong_together(tmp_path, t1s, t2s, partners):
 
 def test_incomplete_sessions_are_left_out_and_named(tmp_path, caplog):
     touch(tmp_path, *pair("sub-1_ses-a"), scan("sub-1_ses-b_T1w.nii.gz"), scan("sub-2_T2w.nii.gz"))
-    assert list(names(Dataset(str(tmp_path)).to_segment(None))) == ["sub-1_ses-a"]
+    assert list(names(SubjectFolder(str(tmp_path)).to_segment(None))) == ["sub-1_ses-a"]
     assert "sub-1_ses-b: skipped (has no T2w)" in caplog.text
     assert "sub-2: skipped (has no T1w)" in caplog.text
     caplog.clear()
-    assert list(names(Dataset(str(tmp_path)).to_segment("1"))) == ["sub-1_ses-a"]
+    assert list(names(SubjectFolder(str(tmp_path)).to_segment("1"))) == ["sub-1_ses-a"]
     assert "sub-1_ses-b" in caplog.text
     assert "sub-2" not in caplog.text
     with pytest.raises(InputError, match="subjects names sub-1_ses-b, but sub-1_ses-b has no T2w"):
-        Dataset(str(tmp_path)).to_segment(["sub-1_ses-b"])
+        SubjectFolder(str(tmp_path)).to_segment(["sub-1_ses-b"])
 
 
 @pytest.mark.parametrize("stripped", ["T1w", "T2w"])
@@ -113,9 +113,9 @@ def test_half_stripped_session_is_left_out_unless_there_is_a_mask(tmp_path, stri
 
 def test_nothing_but_incomplete_sessions(tmp_path):
     touch(tmp_path, scan("sub-1_T1w.nii.gz"))
-    assert Dataset(str(tmp_path)).to_segment(None) == []
+    assert SubjectFolder(str(tmp_path)).to_segment(None) == []
     with pytest.raises(InputError, match="no subject of this BIDS dataset is complete; sub-1 has no T2w"):
-        Dataset(str(tmp_path)).require([], "segment")
+        SubjectFolder(str(tmp_path)).require([], "segment")
 
 
 def test_a_participant_or_one_session_is_chosen(tmp_path):
@@ -124,7 +124,7 @@ def test_a_participant_or_one_session_is_chosen(tmp_path):
         touch(tmp_path, *pair(stem))
 
     def chosen(subjects) -> list[str]:
-        return list(names(Dataset(str(tmp_path)).to_segment(subjects)))
+        return list(names(SubjectFolder(str(tmp_path)).to_segment(subjects)))
 
     assert chosen(None) == [*stems[:3], stems[4], stems[3]]  # participant 2 before 11
     assert chosen(["01"]) == chosen("sub-01") == stems[:3]
@@ -139,10 +139,10 @@ def test_a_participant_or_one_session_is_chosen(tmp_path):
 def test_an_id_that_looks_like_bids_in_the_iseg_layout(tmp_path):
     touch(tmp_path, "subject-sub-01-T1.nii", "subject-sub-01-T2.nii", "subject-sub-01_ses-a-T1.nii")
     touch(tmp_path, "subject-sub-01_ses-a-T2.nii")
-    assert [s.keys() for s in Dataset(str(tmp_path)).require_good()] == [{"subject", "image"}] * 2
-    assert list(names(Dataset(str(tmp_path)).to_segment("sub-01"))) == ["sub-01"]
+    assert [s.keys() for s in SubjectFolder(str(tmp_path)).require_good()] == [{"subject", "image"}] * 2
+    assert list(names(SubjectFolder(str(tmp_path)).to_segment("sub-01"))) == ["sub-01"]
     with pytest.raises(InputError, match="names subject 01, which isn't there"):
-        Dataset(str(tmp_path)).to_segment("01")
+        SubjectFolder(str(tmp_path)).to_segment("01")
 
 
 def test_derivatives_of_other_tools(tmp_path):
@@ -162,7 +162,7 @@ def test_derivatives_of_other_tools(tmp_path):
         ],
         "sub-3_run-1": ["sub-3_run-1_desc-preproc_T1w.nii.gz", "sub-3_run-1_space-T1w_desc-preproc_T2w.nii.gz"],
     }
-    assert list(Dataset(str(tmp_path)).reasons_left_out(None)) == ["sub-4"]
+    assert list(SubjectFolder(str(tmp_path)).reasons_left_out(None)) == ["sub-4"]
 
 
 @pytest.mark.parametrize("suffix", ["T1w", "T2w"])
@@ -174,7 +174,7 @@ def test_scan_that_is_said_not_to_be_skull_stripped(tmp_path, suffix):
         assert list(found(tmp_path)) == ["sub-1"]
     sidecar.write_text('{"SkullStripped": false}')
     assert found(tmp_path) == {}
-    assert "isn't skull-stripped" in Dataset(str(tmp_path)).reasons_left_out(None)["sub-1"]
+    assert "isn't skull-stripped" in SubjectFolder(str(tmp_path)).reasons_left_out(None)["sub-1"]
     touch(tmp_path, scan("sub-1_desc-brain_mask.nii.gz"))
     assert len(found(tmp_path)["sub-1"]) == 3
 
@@ -199,7 +199,7 @@ def not_skull_stripped(path: Path, start: str = "", end: str = "") -> None:
 def test_odd_json_files_beside_a_scan(tmp_path, make: Callable[[Path], None], is_read):
     touch(tmp_path, *pair("sub-1"))
     make(tmp_path / scan("sub-1_T1w.json"))
-    assert list(Dataset(str(tmp_path)).reasons_left_out(None)) == (["sub-1"] if is_read else [])
+    assert list(SubjectFolder(str(tmp_path)).reasons_left_out(None)) == (["sub-1"] if is_read else [])
     assert list(found(tmp_path)) == ([] if is_read else ["sub-1"])
 
 
@@ -211,7 +211,7 @@ def test_files_where_they_can_not_belong(tmp_path):
     for folder, message in (
         ("a", "sub-2_T1w.nii.gz: its name says sub-2, its folder sub-1"),
         ("b", "its name says sub-1, its folder sub-1_ses-a"),
-        ("c", r"sub-1_T2w.nii.gz: .*sub-1_T2w.nii is there as well"),
+        ("c", r"sub-1_T2w.nii.gz: .*sub-1_T2w.nii exists as well"),
     ):
         touch(tmp_path / folder, *pair("sub-2_ses-a"), *pair("sub-3"))
         subjects, left_out = find_bids_subjects(str(tmp_path / folder))
@@ -220,9 +220,9 @@ def test_files_where_they_can_not_belong(tmp_path):
         assert isinstance(reason, InputError)
         assert re.search(message, str(reason))
         with pytest.raises(InputError, match=message):
-            Dataset(str(tmp_path / folder)).require_good()
-    with pytest.raises(InputError, match=r"subject-1-T1.nii: lies in a BIDS dataset, but isn't named so"):
-        Dataset(str(tmp_path / "d")).require_good()
+            SubjectFolder(str(tmp_path / folder)).require_good()
+    with pytest.raises(InputError, match=r"subject-1-T1.nii: has no BIDS name, but lies in a BIDS dataset"):
+        SubjectFolder(str(tmp_path / "d")).require_good()
 
 
 def test_bad_session_among_good_ones(tmp_path, caplog):
@@ -232,18 +232,18 @@ def test_bad_session_among_good_ones(tmp_path, caplog):
     touch(tmp_path, "sub-1/ses-b/anat/sub-1_ses-a_T1w.nii.gz", scan("sub-2_T1w.nii"))
 
     def chosen(subjects) -> list[str]:
-        return list(names(Dataset(str(tmp_path)).to_segment(subjects, stop_at_bad_subject=False)))
+        return list(names(SubjectFolder(str(tmp_path)).to_segment(subjects, stop_at_bad_subject=False)))
 
-    misplaced, twice = Dataset(str(tmp_path)).reasons_bad(None)
+    misplaced, twice = SubjectFolder(str(tmp_path)).reasons_bad(None)
     assert "its name says sub-1_ses-a, its folder sub-1_ses-b" in misplaced
-    assert "is there as well" in twice
+    assert "exists as well" in twice
     assert chosen(None) == ["sub-1_ses-a", "sub-4"]
-    assert list(Dataset(str(tmp_path)).reasons_left_out(None)) == ["sub-3"]
+    assert list(SubjectFolder(str(tmp_path)).reasons_left_out(None)) == ["sub-3"]
     assert (chosen("1"), chosen(["1", "sub-2"]), chosen(["2", 4])) == (["sub-1_ses-a"], ["sub-1_ses-a"], ["sub-4"])
-    assert Dataset(str(tmp_path)).reasons_bad(["1", "sub-4"]) == [misplaced]
+    assert SubjectFolder(str(tmp_path)).reasons_bad(["1", "sub-4"]) == [misplaced]
     assert "sub-2" not in caplog.text
     with pytest.raises(InputError, match="its name says sub-1_ses-a"):
-        Dataset(str(tmp_path)).to_segment(None)
+        SubjectFolder(str(tmp_path)).to_segment(None)
 
 
 @pytest.mark.parametrize("closed", ["sub-1", "sub-1/ses-a", "sub-1/ses-a/anat", scan("sub-1_ses-a_T1w.json")])
@@ -254,14 +254,14 @@ def test_folder_or_json_file_that_can_not_be_read(open_folder, as_nobody, closed
         subjects, left_out = find_bids_subjects(str(open_folder))
     assert list(names(subjects)) == ["sub-2"]
     (reason,) = left_out.values()
-    assert re.search(rf"^{open_folder}/{closed}: can't be read.*; allow it, or take the", str(reason))
+    assert re.search(rf"^{open_folder}/{closed}: can't be read.*; allow it, or remove the", str(reason))
 
 
 def test_training_and_scoring_take_the_other_layout(tmp_path):
     touch(tmp_path, *pair("sub-9"), scan("sub-9_dseg.nii.gz"))
-    for choose in (Dataset.training, Dataset.validation):
+    for choose in (SubjectFolder.training, SubjectFolder.validation):
         with pytest.raises(InputError, match=r"is a BIDS dataset, which can only be segmented; .* subject-<id>-T1, "):
-            choose(Dataset(str(tmp_path)), [9])
+            choose(SubjectFolder(str(tmp_path)), [9])
 
 
 def test_results_may_go_to_the_derivatives_of_a_dataset():
@@ -274,7 +274,7 @@ def test_results_may_go_to_the_derivatives_of_a_dataset():
 
 def test_results_in_derivatives_are_never_taken_for_labels(tmp_path):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii", "derivatives/x/subject-1-label.nii")
-    assert "label" not in Dataset(str(tmp_path)).require_good()[0]
+    assert "label" not in SubjectFolder(str(tmp_path)).require_good()[0]
 
 
 def test_only_what_is_needed_is_copied_from_a_server():

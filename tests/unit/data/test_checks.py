@@ -18,13 +18,13 @@ from monai.networks import one_hot
 from monai.transforms import Compose
 from nibabel.orientations import apply_orientation, io_orientation, ornt_transform
 
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.results.label_images import write_label
 
 CHOICES = {
-    "training": lambda folder, case: Dataset(str(folder)).training([]),
-    "evaluating": lambda folder, case: Dataset(str(folder)).validation([case.subject]),
-    "inference": lambda folder, case: Dataset(str(folder)).to_segment([case.subject]),
+    "training": lambda folder, case: SubjectFolder(str(folder)).training([]),
+    "evaluating": lambda folder, case: SubjectFolder(str(folder)).validation([case.subject]),
+    "inference": lambda folder, case: SubjectFolder(str(folder)).to_segment([case.subject]),
 }
 NO_SCAN = r"lacks the scan and its grid, .*; give its T1 and T2 images$"
 

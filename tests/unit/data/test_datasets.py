@@ -172,6 +172,6 @@ def test_processes_share_out_the_patches_of_one(monkeypatch):
 def test_others_stand_in_where_there_are_no_subjects(tmp_path, caplog):
     dataset = cached_dataset([], Compose([Reader()]), str(tmp_path), fallback=[5, 6])
     assert [item["image"][0].item() for item in dataset] == [5, 6]
-    assert "none is left to validate: those that train (2) do" in caplog.text
+    assert "no subject is left to validate: the training subjects (2) are used" in caplog.text
     assert len(cached_dataset([1], Compose([Reader()]), str(tmp_path), fallback=[5, 6])) == 1
     assert len(cached_dataset([], Compose([Reader()]), str(tmp_path))) == 0

@@ -14,7 +14,7 @@ from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 from scripts.data.hdf5 import read_hdf5
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 
@@ -28,7 +28,7 @@ def own_file(hdf5_prepared, tmp_path) -> Path:
 
 
 def subject_in(directory: Path, subject: str = "1") -> dict:
-    return next(s for s in Dataset(str(directory)).require_good() if s["subject"] == subject)
+    return next(s for s in SubjectFolder(str(directory)).require_good() if s["subject"] == subject)
 
 
 def replace(path: Path, name: str, values: np.ndarray | None = None, **how) -> None:

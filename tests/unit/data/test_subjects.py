@@ -4,7 +4,7 @@ import pytest
 from helpers import touch
 
 from scripts.data.subjects import (
-    Dataset,
+    SubjectFolder,
     require_apart,
 )
 from scripts.errors import InputError
@@ -22,7 +22,7 @@ def test_both_namings_and_all_suffixes_in_one_folder(tmp_path):
     touch(tmp_path, *analyze("subject-10-T1"), "subject-10-T2.nii", "subject-10-label.nii.gz")
     touch(tmp_path, "subject-9-t1.nii.gz", *analyze("subject-9-t2"), *analyze("subject-9-label"))
     touch(tmp_path, "iSeg-2019-Validation/subject-40-T1.nii", "iSeg-2019-Validation/subject-40-T2.nii", "notes.txt")
-    assert Dataset(str(tmp_path)).require_good() == [
+    assert SubjectFolder(str(tmp_path)).require_good() == [
         {
             "subject": "9",
             "image": [str(tmp_path / "subject-9-t1.nii.gz"), str(tmp_path / "subject-9-t2.hdr")],
@@ -44,27 +44,27 @@ def test_hdf5_files_beside_images_of_others(tmp_path):
     names = [f"data_{part}_no_cut/train_iseg_nocut_{subject}.h5" for part, subject in (("train", 10), ("val", 9))]
     touch(tmp_path, *names, "subject-2-T1.nii", "subject-2-T2.nii", "other.h5", "._train_iseg_nocut_3.h5")
     ten, nine = (str(tmp_path / name) for name in names)
-    assert Dataset(str(tmp_path)).require_good()[1:] == [
+    assert SubjectFolder(str(tmp_path)).require_good()[1:] == [
         {"subject": "9", "image": [nine, nine], "label": nine},
         {"subject": "10", "image": [ten, ten], "label": ten},
     ]
-    assert ids(Dataset(str(tmp_path)).training([9])) == ["10"]
-    assert ids(Dataset(str(tmp_path)).validation([9])) == ["9"]
-    assert ids(Dataset(str(tmp_path)).to_segment(None)) == ["2"]
+    assert ids(SubjectFolder(str(tmp_path)).training([9])) == ["10"]
+    assert ids(SubjectFolder(str(tmp_path)).validation([9])) == ["9"]
+    assert ids(SubjectFolder(str(tmp_path)).to_segment(None)) == ["2"]
     with pytest.raises(InputError, match=r"nocut_9.h5: lacks the scan .* give its T1 and T2 images"):
-        Dataset(str(tmp_path)).to_segment([2, 9])
+        SubjectFolder(str(tmp_path)).to_segment([2, 9])
 
 
 def test_leftovers_of_a_mac_are_passed_over(tmp_path):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     touch(tmp_path, "__MACOSX/subject-2-T1.hdr", "._subject-1-T1.hdr", ".hidden/subject-3-T1.nii")
     touch(tmp_path, "__MACOSX/iSeg/._subject-1-label.hdr")
-    assert ids(Dataset(str(tmp_path)).require_good()) == ["1"]
+    assert ids(SubjectFolder(str(tmp_path)).require_good()) == ["1"]
 
 
 def test_folder_that_is_itself_hidden(tmp_path):
     touch(tmp_path / ".cache", "subject-1-T1.nii", "subject-1-T2.nii")
-    assert ids(Dataset(str(tmp_path / ".cache")).require_good()) == ["1"]
+    assert ids(SubjectFolder(str(tmp_path / ".cache")).require_good()) == ["1"]
 
 
 def test_split(tmp_path):
@@ -72,18 +72,18 @@ def test_split(tmp_path):
         touch(tmp_path, *(f"subject-{subject}-{kind}.nii" for kind in ("T1", "T2", "label")))
     touch(tmp_path, "subject-11-T1.nii", "subject-11-T2.nii")
     root = str(tmp_path)
-    assert ids(Dataset(root).training([9])) == ["1", "2", "10"]
-    assert ids(Dataset(root).validation([9, "1"])) == ["9", "1"]
-    assert ids(Dataset(root).validation(9)) == ["9"]
-    assert ids(Dataset(root).training("9")) == ["1", "2", "10"]
-    assert ids(Dataset(root).to_segment(None)) == ["11"]
-    assert all("label" not in subject for subject in Dataset(root).to_segment([2]))
-    assert ids(Dataset(root).to_segment([11, 2])) == ["11", "2"]
+    assert ids(SubjectFolder(root).training([9])) == ["1", "2", "10"]
+    assert ids(SubjectFolder(root).validation([9, "1"])) == ["9", "1"]
+    assert ids(SubjectFolder(root).validation(9)) == ["9"]
+    assert ids(SubjectFolder(root).training("9")) == ["1", "2", "10"]
+    assert ids(SubjectFolder(root).to_segment(None)) == ["11"]
+    assert all("label" not in subject for subject in SubjectFolder(root).to_segment([2]))
+    assert ids(SubjectFolder(root).to_segment([11, 2])) == ["11", "2"]
 
 
 def test_absent_folder_has_no_subjects(tmp_path):
-    absent = str(tmp_path / "absent")
-    assert Dataset(absent).training([9]) == Dataset(absent).validation([9]) == Dataset(absent).to_segment([1]) == []
+    absent = SubjectFolder(str(tmp_path / "absent"))
+    assert absent.training([9]) == absent.validation([9]) == absent.to_segment([1]) == []
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_absent_folder_has_no_subjects(tmp_path):
 )
 def test_incomplete_or_ambiguous_subjects_are_refused(tmp_path, names, message):
     with pytest.raises(InputError, match=message):
-        Dataset(str(touch(tmp_path, *names))).require_good()
+        SubjectFolder(str(touch(tmp_path, *names))).require_good()
 
 
 def test_folders_behind_links_are_entered_once(tmp_path):
@@ -119,7 +119,7 @@ def test_folders_behind_links_are_entered_once(tmp_path):
     links = {"one": "elsewhere", "two": "elsewhere", "itself": "data", "up": "", "results": "data/derivatives"}
     for link, target in links.items():
         (data / link).symlink_to(tmp_path / target)
-    assert ids(Dataset(str(data)).require_good()) == ["1", "2"]
+    assert ids(SubjectFolder(str(data)).require_good()) == ["1", "2"]
 
 
 @pytest.mark.parametrize(
@@ -136,31 +136,31 @@ def test_folders_behind_links_are_entered_once(tmp_path):
 def test_a_folder_for_each_kind(tmp_path, folders):
     names = ("subject-1-T1.nii", "subject-1-T2.nii", "subject-1-label.nii")
     touch(tmp_path, *(f"{folder}/{name}" for folder, name in zip(folders, names, strict=True)))
-    assert ids(Dataset(str(tmp_path)).training([])) == ["1"]
-    assert ids(Dataset(tmp_path).training([])) == ["1"]
+    assert ids(SubjectFolder(str(tmp_path)).training([])) == ["1"]
+    assert ids(SubjectFolder(tmp_path).training([])) == ["1"]
 
 
 def test_folder_that_can_not_be_read(open_folder, as_nobody):
     touch(open_folder, "subject-1-T1.nii", "subject-1-T2.nii", "more/subject-2-T1.nii", "lost+found/x")
     for folder in ("more", "lost+found"):
         (open_folder / folder).chmod(0)
-    told = f"{open_folder}/more: can't be read (Permission denied); allow it, or take the folder away"
+    told = f"{open_folder}/more: can't be read (Permission denied); allow it, or remove the folder"
     with as_nobody():
         with pytest.raises(InputError, match=re.escape(told)):
-            Dataset(str(open_folder)).require_good()
-        assert ids(Dataset(str(open_folder)).to_segment(None, stop_at_bad_subject=False)) == ["1"]
-        assert Dataset(str(open_folder)).reasons_bad(None) == [told]
-        assert Dataset(str(open_folder)).reasons_bad([1]) == []
+            SubjectFolder(str(open_folder)).require_good()
+        assert ids(SubjectFolder(str(open_folder)).to_segment(None, stop_at_bad_subject=False)) == ["1"]
+        assert SubjectFolder(str(open_folder)).reasons_bad(None) == [told]
+        assert SubjectFolder(str(open_folder)).reasons_bad([1]) == []
 
 
 def test_ids_that_are_not_there(tmp_path):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     with pytest.raises(InputError, match="val_subjects names subject 9, which isn't there; choose from 1"):
-        Dataset(str(tmp_path)).validation([9])
+        SubjectFolder(str(tmp_path)).validation([9])
     with pytest.raises(InputError, match="val_subjects names subject 1, which has no label"):
-        Dataset(str(tmp_path)).validation([1])
+        SubjectFolder(str(tmp_path)).validation([1])
     with pytest.raises(InputError, match="subjects names subject 2"):
-        Dataset(str(tmp_path)).to_segment([2])
+        SubjectFolder(str(tmp_path)).to_segment([2])
 
 
 def test_output_among_the_subjects(tmp_path):
@@ -171,9 +171,7 @@ def test_output_among_the_subjects(tmp_path):
     for output in ("", "labels", "data-labels"):
         require_apart(str(tmp_path / "data"), str(tmp_path / output))
     for output in ("labels", "label", "."):
-        with pytest.raises(
-            InputError, match=r"is where true labels of .*/images would lie, and segmentations would be"
-        ):
+        with pytest.raises(InputError, match=r"is a folder for true labels of .*/images, and segmentations would be"):
             require_apart(str(tmp_path / "images"), str(tmp_path / output))
     for output in ("segmentations", "labels/first", "images-labels"):
         require_apart(str(tmp_path / "images"), str(tmp_path / output))
@@ -195,9 +193,9 @@ def test_output_among_the_subjects_by_url(tmp_path):
 
 def test_nothing_to_work_on(tmp_path):
     with pytest.raises(InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.hdr/\.img, \.nii"):
-        Dataset(str(tmp_path)).require([], "train")
+        SubjectFolder(str(tmp_path)).require([], "train")
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     with pytest.raises(InputError, match="no subject left to train among 1, 0 of them labelled"):
-        Dataset(str(tmp_path)).require([], "train")
+        SubjectFolder(str(tmp_path)).require([], "train")
     with pytest.raises(InputError, match="val_subjects names none"):
-        Dataset(str(tmp_path)).require([], "validate")
+        SubjectFolder(str(tmp_path)).require([], "validate")

@@ -7,7 +7,7 @@ from helpers import save_subject, save_volume
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor
 from monai.transforms import AsDiscreted, Spacingd
 
-from scripts.data.subjects import Dataset as FolderOfSubjects
+from scripts.data.subjects import SubjectFolder
 from scripts.data.transforms import LoadSubjectd, MostLikelyTissued, NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.tissues import tissue_labels
@@ -20,7 +20,7 @@ VALUES[0, 0, 0] = 0  # background
 def subject_of(directory, **volumes) -> dict:
     for kind, values in volumes.items():
         save_volume(directory / f"subject-1-{kind}.nii.gz", values)
-    return FolderOfSubjects(str(directory)).require_good()[0]
+    return SubjectFolder(str(directory)).require_good()[0]
 
 
 def test_label_values():
@@ -56,7 +56,7 @@ def test_one_file_of_t1_and_t2(tmp_path, axes):
     for kind, volume in (("T1", VALUES), ("T2", VALUES + 7)):
         save_volume(tmp_path / f"subject-1-{kind}.nii.gz", volume, AFFINE)
     loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz")})
-    pair = LoadSubjectd()(FolderOfSubjects(str(tmp_path)).require_good()[0])
+    pair = LoadSubjectd()(SubjectFolder(str(tmp_path)).require_good()[0])
     for key in ("image", "t1", "t2"):
         np.testing.assert_array_equal(loaded[key], pair[key])
         np.testing.assert_array_equal(loaded[key].affine, pair[key].affine)
@@ -69,7 +69,7 @@ def test_one_file_of_t1_and_t2(tmp_path, axes):
 @pytest.mark.parametrize("count", [3, 4])
 def test_file_of_more_than_two_volumes(tmp_path, count):
     save_volume(tmp_path / "more.nii.gz", np.stack([VALUES] * count, axis=-1))
-    with pytest.raises(InputError, match=f"more.nii.gz: holds {count} volumes, not two; give T1 and T2, in this order"):
+    with pytest.raises(InputError, match=f"more.nii.gz: has {count} volumes, not two; give T1 and T2, in this order"):
         LoadSubjectd()({"image": str(tmp_path / "more.nii.gz")})
 
 
@@ -108,7 +108,7 @@ def many(tmp_path_factory) -> list[dict]:
         volume[0, 0, 0] += 1000
         volume[-1, -1, -1] = 0
         save_subject(directory, str(n), {"T1": volume, "T2": np.where(volume, volume + 100, 0)}, labeled=False)
-    return FolderOfSubjects(str(directory)).require_good()
+    return SubjectFolder(str(directory)).require_good()
 
 
 def assert_none_lost_or_swapped(items) -> None:

@@ -31,7 +31,7 @@ def test_file_that_goes_on_long_after_its_values(tmp_path):
     path.write_bytes(whole + gzip.compress(bytes(2**20)))
     assert read_volume(str(path))[0].shape == VALUES.shape
     path.write_bytes(whole + gzip.compress(bytes(2**25)))
-    with pytest.raises(InputError, match=f"{path}: goes on long after its last value; copy"):
+    with pytest.raises(InputError, match=f"{path}: continues long after its last value; copy"):
         read_volume(str(path))
 
 
@@ -66,7 +66,9 @@ def test_t2_is_found_beside_its_t1(tmp_path, t1, t2):
 
 def test_t1_without_its_t2(tmp_path):
     save_volume(tmp_path / "subject-9-T1.nii.gz", VALUES)
-    with pytest.raises(InputError, match=rf"^{tmp_path}/subject-9-T2.nii.gz: not found, and .*subject-9-T1.* T1 alone"):
+    with pytest.raises(
+        InputError, match=rf"^{tmp_path}/subject-9-T2.nii.gz: not found, and .*subject-9-T1.* has only T1"
+    ):
         LoadSubjectd()({"image": str(tmp_path / "subject-9-T1.nii.gz")})
 
 
@@ -74,5 +76,5 @@ def test_t1_without_its_t2(tmp_path):
 def test_name_that_does_not_say_t1(tmp_path, name):
     save_volume(tmp_path / name, VALUES)
     save_volume(tmp_path / name.replace("T1", "T2").replace("t1", "t2"), VALUES)
-    with pytest.raises(InputError, match=f"{name}: holds one volume, and its name doesn't end in -T1"):
+    with pytest.raises(InputError, match=f"{name}: has one volume, and its name doesn't end in -T1"):
         LoadSubjectd()({"image": str(tmp_path / name)})

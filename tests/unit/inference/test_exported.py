@@ -188,17 +188,17 @@ class GivesTwo(torch.nn.Module):
 @pytest.mark.parametrize(
     ("kind", "make", "message"),
     [
-        ("onnx", {"inputs": 1}, r"can't be given 1 of 2 channels and 16 x 16 x 16 voxels \(.*Got: 2 Expected: 1.*\)"),
-        ("onnx", {"classes": 3}, r"makes \(1, 3, 16, 16, 16\) of .*, not \(1, 4, 16, 16, 16\)"),
-        ("onnx", {"size": (64, 64, 64)}, r"can't be given .*Got: 16 Expected: 64.*set --window_size"),
+        ("onnx", {"inputs": 1}, r"doesn't take 1 of 2 channels and 16 x 16 x 16 voxels \(.*Got: 2 Expected: 1.*\)"),
+        ("onnx", {"classes": 3}, r"returns \(1, 3, 16, 16, 16\) for .*, not \(1, 4, 16, 16, 16\)"),
+        ("onnx", {"size": (64, 64, 64)}, r"doesn't take .*Got: 16 Expected: 64.*set --window_size"),
         (
             "ts",
             lambda: convolution(inputs=1),
-            r"can't be given .*expected input\[1, 2, 16, 16, 16\] to have 1 channels",
+            r"doesn't take .*expected input\[1, 2, 16, 16, 16\] to have 1 channels",
         ),
-        ("ts", lambda: convolution(classes=3), r"makes \(1, 3, 16, 16, 16\) of .*, not \(1, 4, 16, 16, 16\)"),
-        ("ts", TakesOneSize, r"can't be given .*shape '\[1, 4, 64, 64, 64\]' is invalid"),
-        ("ts", GivesTwo, "makes tuple of"),
+        ("ts", lambda: convolution(classes=3), r"returns \(1, 3, 16, 16, 16\) for .*, not \(1, 4, 16, 16, 16\)"),
+        ("ts", TakesOneSize, r"doesn't take .*shape '\[1, 4, 64, 64, 64\]' is invalid"),
+        ("ts", GivesTwo, "returns tuple for"),
     ],
 )
 def test_file_of_another_network(tmp_path, kind, make, message):

@@ -12,7 +12,7 @@ from helpers import ROOT, bids_errors, bids_folder, save_bids
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
-from scripts.data.subjects import Dataset
+from scripts.data.subjects import SubjectFolder
 from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 from scripts.files import whole_files
@@ -41,7 +41,7 @@ class PictureStub(BackgroundWriter):
 
 def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".nii.gz", source: str = "") -> None:
     """What inference does with the subjects of a dataset, the network aside."""
-    found = Dataset(str(dataset))
+    found = SubjectFolder(str(dataset))
     chosen = found.to_segment(subjects)
     engine = Engine(lambda engine, batch: None)
 

@@ -11,32 +11,32 @@ from monai.transforms import Compose
 from torch.nn.functional import cross_entropy
 
 from scripts.errors import InputError
-from scripts.training.resume import ResumableTraining, first_difference, made_with
+from scripts.training.resume import ResumableTraining, describe, first_difference
 
 
 def test_settings_of_a_loss_that_is_a_function():
     partials = [functools.partial(cross_entropy, label_smoothing=smoothing) for smoothing in (0.1, 0.4)]
-    first, second = map(made_with, partials)
+    first, second = map(describe, partials)
     assert first_difference("loss", first, second) == ("loss label_smoothing", 0.1, 0.4)
     weighted = [torch.nn.CrossEntropyLoss(torch.tensor([1.0, weight])) for weight in (1, 2)]
-    assert made_with(weighted[0]) != made_with(weighted[1])
+    assert describe(weighted[0]) != describe(weighted[1])
 
 
 def test_what_an_object_was_made_with_is_the_same_before_and_after_it_is_used():
     config = ConfigParser(ConfigParser.load_config_file(ROOT / "configs" / "train.json"))
     steps = config.get_parsed_content("train#deterministic_transforms")
-    before = made_with(steps)
+    before = describe(steps)
     affine = torch.diag(torch.tensor([-1.0, 1.3, 1, 1]))
     values = torch.rand(2, 40, 41, 42)
     Compose(steps[1:])({"image": MetaTensor(values, affine), "label": MetaTensor(values[:1].round(), affine)})
-    assert made_with(steps) == before
+    assert describe(steps) == before
 
 
 def test_object_that_leads_back_to_itself_is_told():
     outer, inner = SimpleNamespace(side=3), SimpleNamespace(kept=torch.float32)
     outer.inner, inner.outer = inner, outer
     expected = {"kind": "SimpleNamespace", "kept": "torch.float32", "outer": {"kind": "SimpleNamespace"}}
-    assert made_with([outer, len]) == [{"kind": "SimpleNamespace", "side": 3, "inner": expected}, "len"]
+    assert describe([outer, len]) == [{"kind": "SimpleNamespace", "side": 3, "inner": expected}, "len"]
 
 
 def test_processes_that_would_resume_from_different_epochs_are_refused(monkeypatch, tmp_path):
