@@ -172,7 +172,7 @@ def test_file_that_is_no_exported_network(files, tmp_path, kind, damage):
     with pytest.raises(InputError, match=rf"model\.{kind}: {message}") as caught:
         segment(path)
     assert "\n" not in str(caught.value)
-    assert len(str(caught.value)) < 400
+    assert len(str(caught.value)) < 600  # ONNX Runtime for Python 3.10 names a C++ function, too
 
 
 class TakesOneSize(torch.nn.Module):
