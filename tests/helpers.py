@@ -284,3 +284,16 @@ def bids_errors(dataset: Path) -> set[tuple[str, str]]:
     result = subprocess.run(command, capture_output=True, text=True)
     issues = json.loads(result.stdout)["issues"]["issues"]
     return {(issue["code"], issue["location"]) for issue in issues if issue["severity"] == "error"}
+
+
+class SpyNetwork:
+    """A network that remembers what it was given and under which precision."""
+
+    def __init__(self):
+        self.shapes, self.dtypes = [], []
+
+    def __call__(self, patch):
+        self.shapes.append(tuple(patch.shape[2:]))
+        self.dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
+        assert patch.is_contiguous(memory_format=torch.channels_last_3d)
+        return patch.to(self.dtypes[-1])

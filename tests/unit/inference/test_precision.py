@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers import SpyNetwork
 from monai.inferers import SimpleInferer
 
 from scripts.errors import InputError
@@ -12,22 +13,9 @@ BF16_IN_HARDWARE = pytest.mark.skipif(
 )
 
 
-class Spy:
-    """A network that remembers what it was given and under which precision."""
-
-    def __init__(self):
-        self.shapes, self.dtypes = [], []
-
-    def __call__(self, patch):
-        self.shapes.append(tuple(patch.shape[2:]))
-        self.dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        assert patch.is_contiguous(memory_format=torch.channels_last_3d)
-        return patch.to(self.dtypes[-1])
-
-
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
 def test_precision_of_the_network_and_float32_logits(precision, dtype):
-    spy = Spy()
+    spy = SpyNetwork()
     logits = MixedPrecisionInferer(SimpleInferer(), precision)(torch.randn(1, 2, 8, 8, 8), spy)
     assert spy.dtypes == [dtype]
     assert logits.dtype == torch.float32
@@ -36,7 +24,7 @@ def test_precision_of_the_network_and_float32_logits(precision, dtype):
 def test_automatic_precision_follows_the_processor(monkeypatch):
     for capable, dtype in ((True, torch.bfloat16), (False, torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda capable=capable: {"avx512_bf16": capable})
-        spy = Spy()
+        spy = SpyNetwork()
         MixedPrecisionInferer(SimpleInferer())(torch.randn(1, 2, 8, 8, 8), spy)
         assert spy.dtypes == [dtype]
 
@@ -56,7 +44,7 @@ def test_automatic_precision_follows_the_gpu(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp16", "half", 16])
 def test_precision_that_the_processor_does_not_do(precision):
     with pytest.raises(InputError, match=f"--precision {precision}: "):
-        MixedPrecisionInferer(SimpleInferer(), precision)(torch.randn(1, 2, 8, 8, 8), Spy())
+        MixedPrecisionInferer(SimpleInferer(), precision)(torch.randn(1, 2, 8, 8, 8), SpyNetwork())
 
 
 def test_float32_logits_are_those_of_the_bare_network(network):

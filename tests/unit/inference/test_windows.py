@@ -3,6 +3,7 @@ import logging
 import numpy as np
 import pytest
 import torch
+from helpers import SpyNetwork
 from monai.inferers import SlidingWindowInferer
 
 from scripts.errors import InputError
@@ -11,28 +12,15 @@ from scripts.inference.precision import MixedPrecisionInferer
 from scripts.inference.windows import LargestWindowInferer, fitting_window
 
 
-class Spy:
-    """A network that remembers what it was given and under which precision."""
-
-    def __init__(self):
-        self.shapes, self.dtypes = [], []
-
-    def __call__(self, patch):
-        self.shapes.append(tuple(patch.shape[2:]))
-        self.dtypes.append(torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32)
-        assert patch.is_contiguous(memory_format=torch.channels_last_3d)
-        return patch.to(self.dtypes[-1])
-
-
 def test_small_volume_is_taken_whole_and_unpadded():
-    spy = Spy()
+    spy = SpyNetwork()
     inferer = MixedPrecisionInferer(LargestWindowInferer([64, 64, 64], mode="gaussian"), "fp32")
     inferer(torch.randn(1, 2, 32, 48, 16), spy)
     assert spy.shapes == [(32, 48, 16)]
 
 
 def test_large_volume_is_taken_in_windows_as_by_monai():
-    spy = Spy()
+    spy = SpyNetwork()
     image = torch.randn(1, 2, 48, 32, 80)
     logits = MixedPrecisionInferer(LargestWindowInferer([32, 32, 32], overlap=0.5, mode="gaussian"), "fp32")(image, spy)
     assert set(spy.shapes) == {(32, 32, 32)}
@@ -51,7 +39,7 @@ def test_large_volume_is_taken_in_windows_as_by_monai():
 )
 def test_windows_are_as_large_as_memory_allows(monkeypatch, caplog, megabytes, precision, shape):
     monkeypatch.setattr(windows, "available_memory", lambda device: megabytes * 1_000_000)
-    spy = Spy()
+    spy = SpyNetwork()
     with caplog.at_level(logging.INFO):
         MixedPrecisionInferer(LargestWindowInferer(), precision)(torch.randn(1, 2, 96, 128, 112), spy)
     assert set(spy.shapes) == {shape}
