@@ -33,7 +33,7 @@ fi
 rm -rf "$tree/root/clone"
 git clone --quiet --no-local "$repository" "$tree/root/clone"
 
-for path in /etc/resolv.conf /etc/pip.conf /etc/xdg/pip /etc/ssl/certs/ca-certificates.crt; do
+for path in /etc/hosts /etc/resolv.conf /etc/pip.conf /etc/xdg/pip /etc/ssl/certs/ca-certificates.crt; do
     if [ -e "$path" ]; then
         mkdir -p "$tree$(dirname "$path")"
         rm -rf "${tree:?}$path"

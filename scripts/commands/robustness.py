@@ -13,8 +13,9 @@ from monai.data import MetaTensor
 from monai.transforms import Rotate, Spacing
 from tqdm import tqdm
 
+from scripts.commands.real_scans import score_real_scans, summary
 from scripts.commands.shared import mean_cells
-from scripts.errors import require_whole_numbers
+from scripts.errors import InputError, require_whole_numbers
 from scripts.files import whole_files
 from scripts.results.metrics import tissue_dice
 from scripts.results.tables import markdown_table, write_csv
@@ -93,43 +94,61 @@ def phantom_scan(rng: np.random.Generator) -> dict[str, nib.Nifti1Image]:
 
 
 def robustness(
-    labels_dir: str,
+    labels_dir: str | None = None,
     output_dir: str = "eval/robustness",
     names: str | list[str] | None = None,
     seed: int = 0,
+    atlas_dir: str | None = None,
     **settings: Any,
 ) -> None:
-    """Segment a phantom, and synthetic scans of unseen label maps under each of `CONDITIONS`.
+    """Segment real scans with labels, a phantom, and synthetic scans of unseen label maps under each of `CONDITIONS`.
 
     Prints the mean Dice per condition in percent and writes it to `robustness.md`; writes the Dice of each brain to
     `robustness.csv`. A brain has the same shape under all conditions, and the same contrast if only the scan differs.
+    Scores of real scans go to `real_scans.md` and `real_scans.csv`.
 
     Args:
-        labels_dir: label maps, see `synthesize`.
+        labels_dir: label maps, see `synthesize`; without it, no synthetic scan is segmented.
         output_dir: the folder to write to.
         names: label maps to use, without suffix; all by default.
-        seed: selects the images.
+        seed: selects the images and the noise added to real scans.
+        atlas_dir: real scans with labels, see `scripts.commands.real_scans`.
         settings: settings of `scripts.segment.Segmenter`: `checkpoints`, `flips` and so on.
 
     Raises:
-        InputError: as `find_label_maps`, `read_label_map` and `Segmenter`.
+        InputError: neither folder is given, or as `find_label_maps`, `read_label_map`, `score_real_scans` and
+            `Segmenter`.
     """
     require_whole_numbers(0, seed=seed)
+    if labels_dir is None and atlas_dir is None:
+        raise InputError("robustness: give label maps by --labels_dir, real scans with labels by --atlas_dir, or both")
     segmenter = Segmenter(**settings)
+    if atlas_dir is not None:
+        rows = list(score_real_scans(atlas_dir, segmenter, seed))
+        _report(output_dir, "real_scans", "inside the label: Dice, shares in percent, HD95 in mm", rows, summary(rows))
+    if labels_dir is None:
+        return
     brains = [read_label_map(path) for path in find_label_maps(labels_dir, names)]
     trials = [(title, brain.name) for title in CONDITIONS for brain in brains] + [("procedural phantom", "phantom")]
     by_name = {brain.name: brain for brain in brains}
-    rows: list[dict[str, Any]] = []
+    rows = []
     for title, name in tqdm(trials, desc="synthetic scans"):
         rng = np.random.default_rng([seed, *name.encode()])
         images = synthetic_scan(by_name[name], CONDITIONS[title], rng) if title in CONDITIONS else phantom_scan(rng)
         prediction = segmenter(images["T1"], images["T2"]).label
         rows.append({"condition": title, "brain": name} | tissue_dice(prediction, np.asarray(images["label"].dataobj)))
-    write_csv(Path(output_dir) / "robustness.csv", rows)
-    table = markdown_table(_summary(rows))
+    _report(output_dir, "robustness", f"Dice in percent, mean over {', '.join(by_name)}", rows, _summary(rows))
+
+
+def _report(
+    output_dir: str, name: str, title: str, rows: list[dict[str, Any]], summary_rows: list[dict[str, Any]]
+) -> None:
+    """Write `<name>.csv` and `<name>.md`, and print the latter."""
+    write_csv(Path(output_dir) / f"{name}.csv", rows)
+    table = markdown_table(summary_rows)
     with whole_files(output_dir) as temporary:
-        (temporary / "robustness.md").write_text(table + "\n")
-    print(f"Dice in percent, mean over {', '.join(by_name)}:\n{table}\nin {output_dir}: robustness.md, robustness.csv")
+        (temporary / f"{name}.md").write_text(table + "\n")
+    print(f"{title}:\n{table}\nin {output_dir}: {name}.md, {name}.csv")
 
 
 def _summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,8 +12,13 @@ from scripts.errors import InputError, require_whole_numbers
 from scripts.files import already_written, whole_files
 from scripts.results.tables import markdown_table
 from scripts.synthesis.contrast import APPEARANCES, histogram_overlap, six_month_subject
+from scripts.synthesis.infants import infant_subject
 from scripts.synthesis.label_maps import find_label_maps, label_map_name, read_label_map, require_different_names
+from scripts.synthesis.structures import read_structure_map
 from scripts.tissues import Tissue
+
+# the contrast that is drawn from structures, shape and all
+INFANT = "infant"
 
 
 def synthesize(
@@ -31,50 +36,58 @@ def synthesize(
 
     Args:
         labels_dir: label maps of skull-stripped brains (0 background, 1 CSF, 2 GM, 3 WM, or iSeg's values), with voxels
-            of about 1 mm and brains of about the size at 6 months.
+            of about 1 mm and brains of about the size at 6 months. For 'infant', of brains or whole heads of any age,
+            with FreeSurfer's numbers or these.
         output_dir: the folder to write to.
-        contrast: 'nominal', 'varied' or 'patchwork', see `scripts.synthesis.contrast`.
+        contrast: 'nominal', 'varied' or 'patchwork', see `scripts.synthesis.contrast`, which keep the shape; or
+            'infant', see `scripts.synthesis.infants`, which draws the shape as well.
         draws: number of subjects per label map.
         seed: selects the images.
         names: label maps to use, without suffix; all by default.
 
     Raises:
-        InputError: a setting is out of range; as `find_label_maps` and `read_label_map`; or a file with one of the
-            names exists and isn't the same subject.
+        InputError: a setting is out of range; as `find_label_maps`, `read_label_map` and `read_structure_map`; or a
+            file with one of the names exists and isn't the same subject.
     """
     require_whole_numbers(1, draws=draws)
     require_whole_numbers(0, seed=seed)
-    if contrast not in APPEARANCES:
-        raise InputError(f"--contrast {contrast}: must be {', '.join(APPEARANCES)}")
+    if contrast not in (*APPEARANCES, INFANT):
+        raise InputError(f"--contrast {contrast}: must be {', '.join((*APPEARANCES, INFANT))}")
     wanted = [(path, draw) for path in find_label_maps(labels_dir, names) for draw in range(draws)]
     subjects = [label_map_name(path) + (f"-{draw + 1}" if draw else "") for path, draw in wanted]
     require_different_names([path for path, _ in wanted], subjects)
     rows = []
     for (path, draw), subject in tqdm(list(zip(wanted, subjects, strict=True)), desc="synthetic subjects"):
-        brain = read_label_map(path)
         files = {kind: Path(output_dir) / f"subject-{subject}-{kind}.nii.gz" for kind in ("T1", "T2", "label")}
-        content = hashlib.sha256(brain.label.tobytes()).hexdigest()[:12]
+        brain = read_structure_map(path) if contrast == INFANT else read_label_map(path)
+        content = hashlib.sha256((brain.nearest if contrast == INFANT else brain.label).tobytes()).hexdigest()[:12]
         description = f"synthetic {contrast} seed {seed} draw {draw + 1} of label map {content}"
         if already_written(files.values(), description):
             continue
         rng = np.random.default_rng([seed, draw, *brain.name.encode()])
-        volumes = six_month_subject(brain.label, APPEARANCES[contrast](brain.label, rng), rng)
+        if contrast == INFANT:
+            volumes, affine = infant_subject(brain, rng), np.eye(4)
+        else:
+            volumes = six_month_subject(brain.label, APPEARANCES[contrast](brain.label, rng), rng)
+            volumes, affine = volumes | {"label": brain.label}, brain.affine
         with whole_files(output_dir) as temporary:
-            for kind, values in (volumes | {"label": brain.label}).items():
-                image = nib.Nifti1Image(values, brain.affine)
+            for kind, values in volumes.items():
+                image = nib.Nifti1Image(values, affine)
                 image.header.set_xyzt_units("mm")
                 image.header["descrip"] = description.encode()
                 nib.save(image, temporary / files[kind].name)
-        rows.append({"subject": subject} | _overlaps(volumes, brain.label))
+        rows.append({"subject": subject} | _overlaps(volumes))
     if rows:
         print(markdown_table(rows))
     print(f"synthetic subjects: {len(wanted)} in {output_dir}, {len(rows)} of them new")
 
 
-def _overlaps(volumes: dict[str, np.ndarray], label: np.ndarray) -> dict[str, float]:
+def _overlaps(volumes: dict[str, np.ndarray]) -> dict[str, float]:
     """Histogram overlaps of each pair of tissues in T1 and T2."""
+    label = volumes["label"]
     return {
         f"{kind} {first.name}/{second.name}": histogram_overlap(values[label == first], values[label == second])
         for kind, values in volumes.items()
+        if kind != "label"
         for first, second in ((Tissue.GM, Tissue.WM), (Tissue.CSF, Tissue.GM), (Tissue.CSF, Tissue.WM))
     }

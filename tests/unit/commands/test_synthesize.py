@@ -118,3 +118,17 @@ def test_bad_label_maps_and_settings(labels, tmp_path):
     with pytest.raises(InputError, match="--draws 0"):
         synthesize(str(labels), str(tmp_path / "o"), draws=0)
     assert not (tmp_path / "o").exists()
+
+
+def test_infants_are_drawn_from_the_structures(labels, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("scripts.synthesis.infants.VOLUME", (60, 90))
+    synthesize(str(labels), str(tmp_path), contrast="infant", names="A", draws=2)
+    assert "2 of them new" in capsys.readouterr().out
+    subjects = SubjectFolder(str(tmp_path)).require_good()
+    assert [subject["subject"] for subject in subjects] == ["A", "A-2"]
+    first, second = (nib.load(subject["label"]) for subject in subjects)
+    assert first.shape != second.shape
+    assert {*np.unique(np.asarray(first.dataobj))} == {0, 1, 2, 3}
+    assert nib.aff2axcodes(first.affine) == ("R", "A", "S")
+    synthesize(str(labels), str(tmp_path), contrast="infant", names="A", draws=2)
+    assert "0 of them new" in capsys.readouterr().out

@@ -1,0 +1,105 @@
+"""Real scans with labels: which files are found, and what is done to them before they are segmented."""
+
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from scripts.commands.real_scans import TREATMENTS, find_real_scans, score_real_scans, summary
+from scripts.commands.robustness import robustness
+from scripts.errors import InputError
+
+
+def save_scan(folder, brain, names=("month-03-T1", "month-03-T2", "month-03-Seg"), side=0.8, label=None):
+    """A scan whose T1 shows more than the label: a cube beside the brain."""
+    images = {"T1": brain["T1"].astype(np.float32), "T2": brain["T2"].astype(np.float32), "label": brain["label"]}
+    for kind, name in zip(images, names, strict=True):
+        values = images[kind] if kind != "label" or label is None else label
+        values = values.copy()
+        if kind != "label":
+            values[:4, :4, :4] = 300
+        nib.save(nib.Nifti1Image(values, np.diag([side, side, side, 1])), folder / f"{name}.nii.gz")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("month-03-T1", "month-03-T2", "month-03-Seg"),
+        ("subject-9-T1", "subject-9-T2", "subject-9-label"),
+        ("sub-1_ses-3mo_T1w", "sub-1_ses-3mo_T2w", "sub-1_ses-3mo_desc-aseg_dseg"),
+    ],
+)
+def test_scans_are_found_by_any_of_three_namings(brains, tmp_path, names):
+    folder = tmp_path / "anat"
+    folder.mkdir()
+    save_scan(folder, brains[0], names)
+    (found,) = find_real_scans(str(tmp_path)).values()
+    assert {kind: path.name.removesuffix(".nii.gz") for kind, path in found.items()} == dict(
+        zip(("t1", "t2", "label"), names, strict=True)
+    )
+
+
+class Perfect:
+    """A segmenter that knows the label, and keeps what it was given."""
+
+    def __init__(self, label: np.ndarray) -> None:
+        self.label = label
+        self.seen: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def __call__(self, t1: nib.Nifti1Image, t2: nib.Nifti1Image) -> SimpleNamespace:
+        self.seen.append((t1.get_fdata(), t2.get_fdata()))
+        label = self.label if t1.shape == self.label.shape else np.zeros(t1.shape, dtype=np.uint8)
+        return SimpleNamespace(label=np.where(label, label, 2))
+
+
+def test_scores_are_within_the_label_and_treatments_are_what_they_say(brains, tmp_path):
+    save_scan(tmp_path, brains[0])
+    label = brains[0]["label"]
+    segmenter = Perfect(label)
+    rows = list(score_real_scans(str(tmp_path), segmenter, 0))
+    assert [row["treatment"] for row in rows] == list(TREATMENTS)
+    whole, cut, coarse, noise = (seen for seen, _ in segmenter.seen)
+    assert rows[0]["dice_mean"] == rows[1]["dice_mean"] == 1
+    assert rows[0]["share_csf"] == pytest.approx(100 * np.mean(label[label > 0] == 1))
+    assert (whole[:4, :4, :4] == 300).all()
+    assert not cut[label == 0].any()
+    assert np.array_equal(cut[label > 0], whole[label > 0])
+    assert [abs(new - 0.8 * old) <= 1 for new, old in zip(coarse.shape, label.shape, strict=True)] == [True] * 3
+    assert np.array_equal(noise > 0, cut > 0)
+    gm = label == 2
+    assert (noise - cut)[gm].std() == pytest.approx(0.7 * cut[gm].std(), rel=0.05)
+    first = summary(rows)[0]
+    assert first["scan"] == "month-03"
+    assert first["mean"] == "100.0"
+    assert first["CSF/GM/WM"] == "/".join(f"{100 * np.mean(label[label > 0] == tissue):.0f}" for tissue in (1, 2, 3))
+
+
+def test_folder_without_labels(brains, tmp_path):
+    save_scan(tmp_path, brains[0])
+    (tmp_path / "month-03-Seg.nii.gz").unlink()
+    with pytest.raises(InputError, match="has no scan with label; give a folder with <scan>-T1, <scan>-T2 and <scan>-"):
+        robustness(atlas_dir=str(tmp_path), output_dir=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_labels_of_a_scan(brains, tmp_path):
+    save_scan(tmp_path, brains[0])
+    (tmp_path / "month-03-label.nii.gz").write_bytes((tmp_path / "month-03-Seg.nii.gz").read_bytes())
+    with pytest.raises(InputError, match=r"month-03-label.nii.gz: .*month-03-Seg.nii.gz is the label of the same scan"):
+        find_real_scans(str(tmp_path))
+
+
+def test_label_without_a_tissue_or_on_another_grid(brains, tmp_path):
+    label = brains[0]["label"]
+    save_scan(tmp_path, brains[0], label=np.where(label == 3, 2, label))
+    with pytest.raises(InputError, match=r"month-03-Seg.nii.gz: has no WM; give a label with CSF, GM and WM"):
+        list(score_real_scans(str(tmp_path), Perfect(label), 0))
+    save_scan(tmp_path, brains[0], label=label[1:])
+    with pytest.raises(InputError, match=r"month-03-T1\.nii\.gz"):
+        list(score_real_scans(str(tmp_path), Perfect(label), 0))
+
+
+def test_neither_folder():
+    with pytest.raises(InputError, match="give label maps by --labels_dir, real scans with labels by --atlas_dir"):
+        robustness()
