@@ -9,10 +9,11 @@ from io import StringIO
 from pathlib import Path
 
 import matplotlib
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import save_subject, save_volume, small_brain
+from helpers import head_of, save_subject, save_volume, small_brain
 
 from scripts.commands.prepare_hdf5 import prepare_hdf5
 from scripts.network import SkipDenseSeg
@@ -32,6 +33,17 @@ def network() -> SkipDenseSeg:
 @pytest.fixture(scope="session")
 def brains() -> list[dict[str, np.ndarray]]:
     return [small_brain(number) for number in range(2)]
+
+
+@pytest.fixture(scope="session")
+def heads_dir(tmp_path_factory: pytest.TempPathFactory, brains: list[dict[str, np.ndarray]]) -> Path:
+    """Label maps of two small heads, A and B; a third file, C, has B's tissues only."""
+    folder = tmp_path_factory.mktemp("heads")
+    for name, brain in zip("AB", brains, strict=True):
+        nib.save(nib.Nifti1Image(head_of(brain["label"][::-1]), np.eye(4)), folder / f"{name}.nii.gz")
+    tissues = brains[1]["label"][::-1].copy()
+    nib.save(nib.Nifti1Image(tissues, np.eye(4)), folder / "C.nii.gz")
+    return folder
 
 
 @pytest.fixture

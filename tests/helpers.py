@@ -23,7 +23,7 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from PIL import Image
-from scipy.ndimage import zoom
+from scipy.ndimage import binary_dilation, zoom
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -114,6 +114,19 @@ def shrunken_phantom(number: int) -> dict[str, np.ndarray]:
         "T1": six_month_image(label, T1_CONTRAST, rng),
         "T2": six_month_image(label, T2_CONTRAST, rng),
     }
+
+
+def head_of(label: np.ndarray) -> np.ndarray:
+    """FreeSurfer's numbers from tissues 0 to 3: ventricles within, a brain stem below, a skull around."""
+    head = np.array([0, 24, 3, 2], dtype=np.int16)[label]
+    x, y, z = np.indices(label.shape)
+    middle = [np.mean(axis[label > 0]) for axis in (x, y, z)]
+    radius = np.sqrt(sum((axis - centre) ** 2 for axis, centre in zip((x, y, z), middle, strict=True)))
+    head[(label > 0) & (radius < 5)] = 4
+    head[(label == 3) & (z < middle[2] - 8)] = 16
+    head[(label == 2) & (z < middle[2] - 16)] = 8
+    head[binary_dilation(label > 0, iterations=3) & (label == 0)] = 515
+    return head
 
 
 def save_subject(

@@ -66,6 +66,9 @@ class Home:
             save_subject(testing, str(subject), self.brains[subject % 2], labeled=False)
         for name, brain in zip("AB", self.brains, strict=True):
             save_volume(self.directory / "data" / "label-maps" / f"{name}.nii.gz", brain["label"])
+            save_volume(self.directory / "data" / "heads" / f"{name}.nii.gz", brain["label"])
+        for kind, file in (("T1", "T1"), ("T2", "T2"), ("label", "Seg")):
+            save_volume(self.directory / "data" / "atlas" / f"month-03-{file}.nii.gz", self.brains[0][kind])
         for name in ("sub-01/anat/sub-01", "sub-02/ses-1/anat/sub-02_ses-1"):
             for kind in ("T1", "T2"):
                 save_volume(self.directory / "data" / "bids" / f"{name}_{kind}w.nii.gz", self.brains[0][kind])

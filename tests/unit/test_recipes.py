@@ -146,3 +146,19 @@ def test_bad_settings_are_refused_before_subjects_are_loaded(dataset, tmp_path, 
     with pytest.raises((InputError, RuntimeError)) as caught:
         workflow(dataset, tmp_path, "original", learning_rate=-1).run()
     assert "--learning_rate -1" in str(input_error_in(caught.value))
+
+
+def test_infant_recipe_replaces_a_share_of_the_patches(dataset, heads_dir, tmp_path):
+    settings = {"heads_dir": str(heads_dir), "heads": ["A"], "patch_size": [16, 16, 16], "synthetic_share": 0.0}
+
+    def images(share: float) -> torch.Tensor:
+        config = workflow(dataset, tmp_path, "infant", infant_share=share, crops_per_epoch=8, **settings).parser
+        batches = list(config.get_parsed_content("train#dataloader"))
+        assert {batch["image"].shape for batch in batches} == {(4, 2, 16, 16, 16)}
+        assert all(set(batch["label"].unique().tolist()) <= {0, 1, 2, 3} for batch in batches)
+        return torch.cat([batch["image"] for batch in batches])
+
+    kept, replaced = images(0.0), images(1.0)
+    assert kept.isfinite().all()
+    assert replaced.isfinite().all()
+    assert not any(torch.equal(first, second) for first, second in zip(kept, replaced, strict=True))
