@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import io
+import logging
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -15,6 +16,13 @@ from ignite.engine import Engine
 from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, ran_out_of_memory, require_path
+
+logger = logging.getLogger(__name__)
+
+# where checkpoints keep the network: ours and MONAI's, Lightning's, nnU-Net's and other trainers'
+WRAPPERS = ("model", "state_dict", "model_state_dict", "network_weights", "network", "net")
+# of DataParallel, torch.compile, and trainers that hold the network as an attribute
+PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
 
 
 def read_checkpoint(path: str, content: bytes | None = None) -> Any:
@@ -57,11 +65,37 @@ def _version(path: str | Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
+def unwrapped(content: Any) -> tuple[Mapping[str, Any], list[str]]:
+    """Return the state dict in a checkpoint without what trainers and wrappers of networks put around it.
+
+    Args:
+        content: of the file: a state dict, or a dict that holds one under a name of WRAPPERS, at any depth. All its
+            names may begin with one of PREFIXES, repeatedly.
+
+    Returns:
+        The state dict, empty if there is none, and the names and prefixes that were removed, without `model`, under
+        which training itself writes it.
+    """
+    removed = []
+    state = content
+    while isinstance(state, Mapping) and (name := next((name for name in WRAPPERS if name in state), None)):
+        state = state[name]
+        removed += [name] if name != WRAPPERS[0] else []
+    if not isinstance(state, Mapping):
+        return {}, removed
+    while state and (prefix := next((p for p in PREFIXES if all(str(name).startswith(p) for name in state)), None)):
+        state = {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
+        removed.append(prefix)
+    return state, removed
+
+
 @lru_cache(maxsize=2)
 def _state(path: str, version: tuple[int, ...]) -> Any:
     """The state dict of a checkpoint, read once per version of the file. The caller must not change it."""
-    content = read_checkpoint(path)
-    return content.get("model", content) if isinstance(content, Mapping) else {}
+    state, removed = unwrapped(read_checkpoint(path))
+    if removed:
+        logger.info("%s: the network is under %s", path, ", ".join(removed))
+    return state
 
 
 @lru_cache(maxsize=64)
@@ -122,7 +156,7 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
 
     Args:
         network: changed in place, on its device.
-        path: a state dict as training writes it, or a dict with one under `model`.
+        path: a state dict as training writes it, or what `unwrapped` takes.
 
     Raises:
         InputError: the file doesn't exist, or as `read_checkpoint` and `require_fit`.

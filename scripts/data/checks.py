@@ -4,9 +4,11 @@ import logging
 from collections.abc import Iterable
 
 import numpy as np
+from scipy.stats import skew
 
-from scripts.data.alignment import LARGEST_NEGATIVE_SHARE, has_values
+from scripts.data.alignment import FEWEST_VOXELS, LARGEST_NEGATIVE_SHARE, has_values
 from scripts.errors import InputError
+from scripts.tissues import Tissue
 
 logger = logging.getLogger(__name__)
 
@@ -17,6 +19,9 @@ LARGEST_BRAIN = 2000
 LARGEST_SHARE_WITHOUT_T2 = 0.25
 # largest share of a label outside the brain; a fifth of it gives a warning
 LARGEST_SHARE_OUTSIDE = 0.25
+# CSF is a tail of dark voxels in T1 and of bright ones in T2, so T1 is skewed to the left of T2: by 0.3 and more on
+# synthetic scans, by 0.07 and more on averages of infants' scans
+LARGEST_SKEW_OF_T1 = 0.1
 
 
 def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
@@ -100,3 +105,39 @@ def require_contrast(spreads: Iterable[float], t1_path: str) -> None:
             raise InputError(
                 f"{t1_path}: the {name} of this subject is constant inside the brain; give the scan itself, not a mask"
             )
+
+
+def exchanged(t1: np.ndarray, t2: np.ndarray) -> str | None:
+    """Return a warning if T1 and T2 seem to be exchanged, by the skewness of their intensities in the brain.
+
+    Args:
+        t1, t2: (X, Y, Z); T1 is above 0 only in the brain.
+    """
+    brain = t1 > 0
+    # the outermost voxels are artefacts more often than tissue; every eighth voxel is enough
+    samples = [np.sort(each[brain][::8]) for each in (t1, t2)]
+    end = 1 + len(samples[0]) // 1000
+    samples = [sample[end:-end] for sample in samples]
+    if len(samples[0]) < FEWEST_VOXELS // 8 or not all(map(np.ptp, samples)):
+        return None
+    first, second = map(skew, samples)
+    if first <= second + LARGEST_SKEW_OF_T1:
+        return None
+    return "T1 has the bright CSF of a T2, and T2 the dark CSF of a T1; exchange the two if they were mixed up"
+
+
+def unlike_its_tissues(label: np.ndarray, t1: np.ndarray, t2: np.ndarray) -> str | None:
+    """Return a warning if what a label calls CSF is neither the darkest tissue in T1 nor the brightest in T2.
+
+    Args:
+        label: 0 background, 1 CSF, 2 GM, 3 WM, (X, Y, Z), on the grid of T1 and T2.
+    """
+    present = [tissue for tissue in Tissue if (label == tissue).any()]
+    t1_means, t2_means = ([each[label == tissue].mean() for tissue in present] for each in (t1, t2))
+    if len(t1_means) < len(Tissue) or t1_means[0] == min(t1_means) or t2_means[0] == max(t2_means):
+        return None
+    dark, bright = Tissue(1 + int(np.argmin(t1_means))).name, Tissue(1 + int(np.argmax(t2_means))).name
+    return (
+        f"what the label calls CSF is neither darkest in T1 ({dark} is) nor brightest in T2 ({bright} is); check that "
+        f"its values are 1 CSF, 2 GM, 3 WM"
+    )

@@ -12,7 +12,14 @@ from monai.transforms import MapTransform, Transform
 from monai.utils import MetaKeys, SpaceKeys, convert_to_dst_type
 
 from scripts.data.alignment import not_registered
-from scripts.data.checks import require_brain_only, require_contrast, require_label_of_brain, require_t2_of_brain
+from scripts.data.checks import (
+    exchanged,
+    require_brain_only,
+    require_contrast,
+    require_label_of_brain,
+    require_t2_of_brain,
+    unlike_its_tissues,
+)
 from scripts.data.hdf5 import read_hdf5
 from scripts.data.volumes import read_t1_and_t2, read_volume, require_same_grid
 from scripts.errors import InputError
@@ -43,6 +50,8 @@ class LoadSubjectd(Transform):
       of `t2` is the warning of `scripts.data.alignment`, which is also logged, or an empty text
     - `label`, `reference`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is a label; `label` is to be
       resampled to the network's grid, `reference` stays on this one
+
+    A warning is logged if T1 and T2 seem to be exchanged, or the label's CSF isn't CSF in either.
 
     Calls share no state, so any number of workers may load at a time.
 
@@ -77,10 +86,14 @@ class LoadSubjectd(Transform):
         require_t2_of_brain(*image, t2_path)
         if warning := not_registered(*image, nib.affines.voxel_sizes(affine)):
             logger.warning("%s: %s", t2_path, warning)
+        if mixed_up := exchanged(*image):
+            logger.warning("%s: %s", t1_path, mixed_up)
         if label is not None:
             if not label.any():
                 raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or remove it")
             require_label_of_brain(label, image[0], data["label"])
+            if not mixed_up and (contradiction := unlike_its_tissues(label, *image)):
+                logger.warning("%s: %s", data["label"], contradiction)
         loaded = dict(data)
         loaded["image"] = _meta_tensor(image, affine, t1_path)
         loaded["image"].meta["t1_path"] = t1_path

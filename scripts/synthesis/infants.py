@@ -190,6 +190,9 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     outer = torch.from_numpy(rng.normal(0, 3, (2, len(OUTER_LABELS) + 1)).astype(np.float32))
     texture = smooth_field(rng, size, rng.uniform(1.5, 3.5), 2) * float(rng.uniform(0, 0.5))
     vessels = _vessels(shape, rng) if rng.random() < 0.4 else None
+    # averages of many children, and scans in which one moved, are blurred most near the surface
+    softness = torch.clamp(1 + shape.outside / float(rng.uniform(5, 50)), 0, 1)
+    softness = softness * float(rng.choice([0, rng.uniform(0.5, 1)], p=[0.6, 0.4]))
     noise = float(rng.choice([0.0, rng.uniform(0, 1.2)], p=[0.2, 0.8]))
     edge = torch.clamp(0.5 - shape.outside, 0, 1)
     channels = []
@@ -201,7 +204,9 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
         values = edge * values + (1 - edge) * outer[channel][shape.outer]
         if vessels is not None:
             values = values + vessels * (float(rng.normal(0, 4)) - values)
-        values = blurred(values[None] + texture[channel], float(rng.uniform(0.3, 1.3)))
+        values = values[None] + texture[channel]
+        values, soft = blurred(values, float(rng.uniform(0.3, 1.2))), blurred(values, float(rng.uniform(1.0, 2.5)))
+        values = values + softness * (soft - values)
         if rng.random() < 0.15:
             values = with_thick_slices(values, int(rng.integers(3)), float(rng.uniform(1.3, 3)))
         if channel and rng.random() < 0.3:

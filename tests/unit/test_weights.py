@@ -26,6 +26,30 @@ def test_checkpoint_of_this_network(checkpoint, nested):
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), saved.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("wrappers", [("state_dict",), ("network_weights",), ("model", "net"), ("model_state_dict",)])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model._orig_mod.", "module.network."])
+def test_checkpoint_of_other_trainers(checkpoint, caplog, wrappers, prefix):
+    path, saved = checkpoint
+    content = {f"{prefix}{name}": tensor for name, tensor in saved.state_dict().items()}
+    for wrapper in reversed(wrappers):
+        content = {wrapper: content, "epoch": 3, "optimizer": {"lr": 1}}
+    torch.save(content, path)
+    network = SkipDenseSeg()
+    with caplog.at_level("INFO"):
+        load_weights(network, str(path))
+    assert all(torch.equal(a, b) for a, b in zip(network.parameters(), saved.parameters(), strict=True))
+    assert "model.pt: the network is under" in caplog.text
+    assert wrappers[-1] in caplog.text
+
+
+def test_prefix_that_not_all_tensors_have_is_no_prefix(checkpoint):
+    path, saved = checkpoint
+    state = {f"module.{name}": tensor for name, tensor in saved.state_dict().items()}
+    torch.save(state | {"loss.weight": torch.ones(4)}, path)
+    with pytest.raises(InputError, match="a checkpoint of another network"):
+        load_weights(SkipDenseSeg(), str(path))
+
+
 @pytest.mark.parametrize(
     "other",
     [{"block_config": (4, 4, 4, 4)}, {"growth_rate": 8}, {"block_config": (4,)}, {"grouped_upsampling": True}],

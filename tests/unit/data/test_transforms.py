@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,41 @@ def test_label_values():
             tissue_labels(np.array(values), "x")
     with pytest.raises(InputError, match="x: mixes iSeg's label values with 1, 2, 3"):
         tissue_labels(np.array([0, 1, 10]), "x")
+
+
+@pytest.mark.parametrize("values", [(0, 1, 2, 3), (0, 10, 150, 250)])
+def test_labels_that_are_off_by_rounding(values):
+    exact = np.array(values)
+    for dtype, off in ((np.float32, 1e-6), (np.float64, -9e-4), (np.float32, 5e-4)):
+        np.testing.assert_array_equal(tissue_labels((exact + off).astype(dtype), "x"), [0, 1, 2, 3])
+    with pytest.raises(InputError, match=r"x: label value 3.002 isn't known|x: label value 250.002 isn't known"):
+        tissue_labels(exact + 0.002 * (exact == exact.max()), "x")
+
+
+def test_exchanged_scans_and_labels_of_another_order_are_told(brains, tmp_path, caplog):
+    brain = brains[0]
+    usual = {kind: brain[kind] for kind in ("T1", "T2", "label")}
+    cases = {
+        "as they should be": (usual, None),
+        "exchanged": (usual | {"T1": brain["T2"], "T2": brain["T1"]}, "T1 has the bright CSF of a T2, and T2 the dark"),
+        "exchanged, scaled, no label": ({"T1": 3 * brain["T2"], "T2": brain["T1"] // 2}, "exchange the two if they"),
+        "GM, WM, CSF": (
+            usual | {"label": np.array([0, 3, 1, 2], np.uint8)[brain["label"]]},
+            r"darkest in T1 \(WM is\)",
+        ),
+        "CSF last, iSeg's values": (
+            usual | {"label": np.array([0, 250, 150, 10], np.uint8)[brain["label"]]},
+            r"brightest in T2 \(WM is\); check that its values are 1 CSF, 2 GM, 3 WM",
+        ),
+    }
+    for number, (volumes, expected) in enumerate(cases.values()):
+        caplog.clear()
+        LoadSubjectd()(subject_of(tmp_path / str(number), **volumes))
+        assert bool(caplog.messages) == bool(expected), caplog.messages
+        if expected:
+            assert re.search(expected, caplog.messages[0]), caplog.messages
+            assert len(caplog.messages) == 1
+            assert caplog.messages[0].startswith(str(tmp_path / str(number) / "subject-1-"))
 
 
 def test_loaded_subject(tmp_path):

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
+from scripts.data.checks import exchanged
 from scripts.report import warnings as report_warnings
 from scripts.report.page import MOST_VIEWERS
 from scripts.report.warnings import (
@@ -74,6 +75,13 @@ def test_warning_of_missing_t2():
     assert t2_missing(t1, t2) is None
     t2[1, 0, 0] = 0
     assert t2_missing(t1, t2) == "T2 shows nothing in 1% of the brain"
+
+
+def test_warning_of_exchanged_scans(brains):
+    t1, t2 = (brains[1][kind].astype(np.float32) for kind in ("T1", "T2"))
+    assert exchanged(t1, t2) is None
+    assert exchanged(t2, t1).startswith("T1 has the bright CSF of a T2")
+    assert exchanged(np.ones((20, 20, 20)), np.ones((20, 20, 20))) is None  # refused elsewhere
 
 
 @pytest.mark.parametrize("width", [40, 41])
