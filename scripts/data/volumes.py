@@ -1,6 +1,7 @@
 """Analyze and NIfTI volumes: read whole, and refused if they can't be a brain scan."""
 
 import itertools
+import logging
 import math
 import re
 from collections.abc import Iterable, Sequence
@@ -24,6 +25,10 @@ LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes read per byte o
 SMALLEST_SHARE_OF_CUBOID = 0.8
 # mm between corners of grids that differ only by rounding
 LARGEST_OFFSET = 0.1
+# degrees between the axes of two descriptions of one grid that differ only by rounding
+LARGEST_ANGLE = 2
+
+logger = logging.getLogger(__name__)
 
 
 def name_of(source: str | SpatialImage, kind: str = "image") -> str:
@@ -59,9 +64,13 @@ def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialIma
     """The image, once its header has passed `require_brain_scan`, and its values as float32."""
     image = nib.load(source, mmap=False) if isinstance(source, str) else source
     require_brain_scan(path, image)
+    if doubt := doubt_of_orientation(image):
+        logger.warning("%s: %s", path, doubt)
     if not isinstance(source, str):
         return image, image.get_fdata(dtype=np.float32, caching="unchanged")
     _require_room(image)
+    if isinstance(image, nib.Nifti1Image) and image.dataobj.offset < image.header.sizeof_hdr:
+        raise InputError(f"{path}: its values begin inside its header (vox_offset); convert it again")
     with ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
         stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
         if not stored_sizes.all():  # nibabel would assume 1 mm
@@ -76,6 +85,27 @@ def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialIma
             if after > MOST_AFTER_VALUES:
                 raise InputError(f"{path}: continues long after its last value; copy or convert the file again")
     return image, values
+
+
+def doubt_of_orientation(image: SpatialImage) -> str | None:
+    """Return a warning if a NIfTI image doesn't say how it lies in the scanner, or says it in two ways that differ."""
+    if not isinstance(image, nib.Nifti1Pair):
+        return None
+    s_code, q_code = (int(image.header[name]) for name in ("sform_code", "qform_code"))
+    if not s_code and not q_code:
+        axes = "".join(nib.aff2axcodes(image.affine))
+        return f"its header doesn't say how the scan is turned; {axes} is assumed, so left and right may be exchanged"
+    if not s_code or not q_code:
+        return None
+    try:
+        both = image.get_sform(), image.get_qform()
+    except nib.spatialimages.HeaderDataError:  # a quaternion that can't be; the sform is used anyway
+        return None
+    first, second = (each[:3, :3] / np.linalg.norm(each[:3, :3], axis=0) for each in both)
+    angle = np.degrees(np.arccos(np.clip((first * second).sum(axis=0), -1, 1))).max()
+    if angle <= LARGEST_ANGLE:
+        return None
+    return f"its sform and qform differ by {angle:.0f} degrees; the sform is used, as most tools do"
 
 
 def _require_room(image: SpatialImage) -> None:

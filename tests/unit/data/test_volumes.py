@@ -1,5 +1,8 @@
 import gzip
+import re
+from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 from helpers import save_volume
@@ -23,6 +26,49 @@ def test_every_format_gives_the_values_and_the_grid_on_disk(tmp_path, suffix):
     assert values.dtype == np.float32
     np.testing.assert_array_equal(values, VALUES)
     np.testing.assert_array_equal(affine, np.diag([-1, 1, 1, 1]))
+
+
+def nifti(path, sform_code: int, qform_code: int, qform: np.ndarray, kind=nib.Nifti1Image) -> str:
+    image = kind(VALUES, np.diag([-1.0, 1, 1, 1]))
+    image.set_qform(qform, code=qform_code, update_affine=False)
+    image.set_sform(image.affine, code=sform_code)
+    nib.save(image, path)
+    return str(path)
+
+
+SIDEWAYS = np.array([[0, 0, -1.0, 4], [-1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("kind", [nib.Nifti1Image, nib.Nifti2Image])
+@pytest.mark.parametrize(
+    ("codes", "qform", "expected"),
+    [
+        ((0, 0), SIDEWAYS, r"doesn't say how the scan is turned; [LRAPIS]{3} is assumed, so left and right may be"),
+        ((2, 1), SIDEWAYS, "its sform and qform differ by 90 degrees; the sform is used"),
+        ((1, 1), np.diag([1.0, 1, -1, 1]), "its sform and qform differ by 180 degrees; the sform is used"),
+        ((4, 4), np.diag([-1.0, 1, 1, 1]), None),
+        ((1, 0), SIDEWAYS, None),
+        ((0, 1), SIDEWAYS, None),
+    ],
+)
+def test_doubtful_orientation_is_told(tmp_path, caplog, kind, codes, qform, expected):
+    path = nifti(tmp_path / "a.nii.gz", *codes, qform, kind)
+    values, _ = read_volume(path)
+    np.testing.assert_array_equal(values, VALUES)
+    assert len(caplog.messages) == (expected is not None)
+    if expected:
+        assert re.fullmatch(rf"{path}: .*{expected}.*", caplog.messages[0]), caplog.messages
+
+
+@pytest.mark.parametrize(("suffix", "offset"), [(".nii", 0), (".nii", 200), (".nii.gz", 0)])
+def test_values_inside_the_header_are_refused(tmp_path, suffix, offset):
+    path = Path(nifti(tmp_path / "a.nii", 1, 1, np.diag([-1.0, 1, 1, 1])))
+    content = bytearray(path.read_bytes())
+    content[108:112] = np.float32(offset).tobytes()
+    path = tmp_path / f"b{suffix}"
+    path.write_bytes(gzip.compress(bytes(content)) if suffix.endswith("gz") else bytes(content))
+    with pytest.raises(InputError, match=r"b\.nii.*vox.offset"):
+        read_volume(str(path))
 
 
 def test_file_that_goes_on_long_after_its_values(tmp_path):
