@@ -188,12 +188,13 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     )
     structures = torch.from_numpy(by_structure.astype(np.float32))
     outer = torch.from_numpy(rng.normal(0, 3, (2, len(OUTER_LABELS) + 1)).astype(np.float32))
-    texture = smooth_field(rng, size, rng.uniform(1.5, 3.5), 2) * float(rng.uniform(0, 0.5))
+    texture = smooth_field(rng, size, rng.uniform(1.5, 3.5), 2)
+    texture *= float(rng.choice([0, rng.uniform(0, 0.5)], p=[0.35, 0.65]))
     vessels = _vessels(shape, rng) if rng.random() < 0.4 else None
     # averages of many children, and scans in which one moved, are blurred most near the surface
     softness = torch.clamp(1 + shape.outside / float(rng.uniform(5, 50)), 0, 1)
-    softness = softness * float(rng.choice([0, rng.uniform(0.5, 1)], p=[0.6, 0.4]))
-    noise = float(rng.choice([0.0, rng.uniform(0, 1.2)], p=[0.2, 0.8]))
+    softness = softness * float(rng.choice([0, rng.uniform(0.5, 1)]))
+    noise = float(rng.choice([0, rng.uniform(0, 1.2)], p=[0.35, 0.65]))
     edge = torch.clamp(0.5 - shape.outside, 0, 1)
     channels = []
     for channel in range(2):
