@@ -130,6 +130,8 @@ def check(
     if purpose == "segment":
         require_apart(settings["dataset_dir"], settings["output_dir"])
         require_apart(folders.dataset, folders.output)
+    for path, remedy in dataset.unused.items():
+        logger.warning("%s: isn't used, since its name isn't that of a subject's file; %s", path, remedy)
     dataset.require(subjects, purpose)
     with _locked(purpose, folders):
         pass

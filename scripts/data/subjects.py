@@ -33,6 +33,14 @@ EXPECTED_NAMES = (
 KIND_WORDS = re.compile(r"(?i)(?<![a-z0-9])(t[12]w?|(image|label)s?(tr|ts)?|final)(?![a-z0-9])")
 
 
+# names of images that aren't a subject's but look like one's, and suffixes that would have to be converted
+NEAR_MISS = re.compile(
+    r"(?is)(?P<before>.*?)(?<![a-z0-9])(?P<kind>t1|t2|labels?|seg|dseg)w?(?![a-z0-9])(?P<after>.*?)"
+    r"(?P<suffix>\.(?:nii|nii\.gz|hdr|img|mgz|mgh|mha|mhd|nrrd|nii\.bz2|nii\.zst|hdr\.gz|img\.gz))"
+)
+READ_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
+
+
 class Subject(TypedDict):
     """The files of a subject; see the docstring of this module."""
 
@@ -110,6 +118,24 @@ def _walk(root: Path, excluded: Collection[Path], bad: dict[str, InputError]) ->
             if (real := Path(folder, name).resolve()) not in entered:
                 entered.add(real)
                 folders.append(name)
+
+
+def unused_images(directory: str) -> dict[str, str]:
+    """Return images at any depth of a folder that look like a subject's by their name but aren't used, with a remedy.
+
+    The folder `derivatives` and hidden files are skipped, as for subjects.
+    """
+    root = Path(directory)
+    result = {}
+    for path in sorted(_walk(root, {root / "derivatives"}, {})):
+        if FILE_NAME.fullmatch(path.name) or not (name := NEAR_MISS.fullmatch(path.name)) or path.is_dir():
+            continue
+        kind = name["kind"].upper() if name["kind"].lower() in ("t1", "t2") else "label"
+        subject = re.sub(r"(?i)^(subject|sub)[-_]?", "", name["before"]).strip("-_. ") or "<id>"
+        read = name["suffix"].lower() in READ_SUFFIXES
+        suffix = name["suffix"] if read else ".nii.gz"
+        result[str(path)] = f"{'rename' if read else 'convert'} it to subject-{subject}-{kind}{suffix} to use it"
+    return result
 
 
 def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError]]:
@@ -198,6 +224,7 @@ class SubjectFolder:
             half of an Analyze pair is missing, a name isn't a file, a volume has two files, images are beside an HDF5
             file, or a folder can't be read.
         left_out: why scans of a BIDS dataset aren't subjects, by id; these aren't errors.
+        unused: in other folders, images that look like a subject's, see `unused_images`.
         in_bids: whether the folder is a BIDS dataset.
 
     Raises:
@@ -209,6 +236,7 @@ class SubjectFolder:
         self.subjects: list[Subject] = []
         self.bad: dict[str, InputError] = {}
         self.left_out: dict[str, str] = {}
+        self.unused: dict[str, str] = {}
         of_bids, reasons = bids.find_bids_subjects(folder)
         self.in_bids = bool(of_bids or reasons)
         if self.in_bids:
@@ -221,6 +249,7 @@ class SubjectFolder:
                     self.left_out[subject] = reason
             self.subjects = sorted(of_bids, key=lambda subject: natural_order(subject["subject"]))
             return
+        self.unused = unused_images(folder)
         found, self.bad = _find_volumes(folder)
         for subject_id in sorted(found.keys() - self.bad.keys(), key=natural_order):
             try:

@@ -27,6 +27,9 @@ from scripts.tissues import ISEG_AFFINE, tissue_labels
 
 logger = logging.getLogger(__name__)
 
+# smaller values are rounding errors, not intensities; whole numbers of usual images are never that small
+SMALLEST_SHARE_OF_MAXIMUM = 1e-6
+
 
 def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTensor:
     meta = {
@@ -42,8 +45,8 @@ class LoadSubjectd(Transform):
     """Load the T1, T2 and label of a subject and check that they belong together.
 
     The input is a dict with `image` (see `read_t1_and_t2`) and optionally `label` and `mask` (paths). A subject in
-    HDF5 has the path of its `.h5` file twice in `image`, and in `label`. T1 and T2 are set to 0 where `mask` isn't
-    above 0. The result is a copy, on the grid of the T1 file and with its affine, with:
+    HDF5 has the path of its `.h5` file twice in `image`, and in `label`. T1 and T2 are set to 0 outside `mask`:
+    where it isn't above 0, or where it is interpolated, below half of its maximum. The result is a copy, on the grid of the T1 file and with its affine, with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or as `read_hdf5` returns them
     - `t1`, `t2`: float32 (1, X, Y, Z), copies of the channels, to stay on this grid; `not_registered` in the meta data
@@ -69,10 +72,13 @@ class LoadSubjectd(Transform):
             affine = ISEG_AFFINE.copy()
         else:
             image, affine, t1_path, t2_path = read_t1_and_t2(data["image"])
+            for channel in image:  # left in the air by splines
+                channel[np.abs(channel) < SMALLEST_SHARE_OF_MAXIMUM * np.abs(channel).max()] = 0
             if "mask" in data:
                 mask, mask_affine = read_volume(data["mask"])
                 require_same_grid(data["mask"], mask, mask_affine, t1_path, image[0], affine)
-                image *= mask > 0
+                # interpolation widens a mask; one of whole numbers may have several parts
+                image *= mask > 0 if (mask == np.rint(mask)).all() else mask >= mask.max() / 2
             if "label" in data:
                 values, label_affine = read_volume(data["label"])
                 require_same_grid(data["label"], values, label_affine, t1_path, image[0], affine)

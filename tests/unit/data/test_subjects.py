@@ -199,3 +199,32 @@ def test_nothing_to_work_on(tmp_path):
         SubjectFolder(str(tmp_path)).require([], "train")
     with pytest.raises(InputError, match="val_subjects names none"):
         SubjectFolder(str(tmp_path)).require([], "validate")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("subject_2_T1.nii.gz", "rename it to subject-2-T1.nii.gz to use it"),
+        ("subject-3-T2w.nii", "rename it to subject-3-T2.nii to use it"),
+        ("subject-4-T1-brain.hdr", "rename it to subject-4-T1.hdr to use it"),
+        ("sub-5-t2.nii.gz", "rename it to subject-5-T2.nii.gz to use it"),
+        ("baby 07 seg.nii.gz", "rename it to subject-baby 07-label.nii.gz to use it"),
+        ("T1.nii.gz", "rename it to subject-<id>-T1.nii.gz to use it"),
+        ("subject-6-T1.mgz", "convert it to subject-6-T1.nii.gz to use it"),
+        ("deep/er/subject-6-label.nrrd", "convert it to subject-6-label.nii.gz to use it"),
+        ("subject-6-T2.img.gz", "convert it to subject-6-T2.nii.gz to use it"),
+        ("mask.nii.gz", None),
+        ("t1000.nii.gz", None),
+        ("notes-T1.txt", None),
+        ("derivatives/subject_2_T1.nii.gz", None),
+        (".subject_2_T1.nii.gz", None),
+    ],
+)
+def test_image_that_looks_like_a_subjects_is_not_left_out_without_a_word(tmp_path, name, remedy):
+    for kind in ("T1", "T2"):
+        (tmp_path / f"subject-1-{kind}.nii.gz").touch()
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).touch()
+    folder = SubjectFolder(str(tmp_path))
+    assert folder.unused == ({str(tmp_path / name): remedy} if remedy else {})
+    assert [subject["subject"] for subject in folder.require_good()] == ["1"]

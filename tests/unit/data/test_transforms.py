@@ -7,6 +7,7 @@ import torch
 from helpers import save_subject, save_volume
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor
 from monai.transforms import AsDiscreted, Spacingd
+from scipy.ndimage import gaussian_filter
 
 from scripts.data.subjects import SubjectFolder
 from scripts.data.transforms import LoadSubjectd, MostLikelyTissued, NormalizeByT1Maskd
@@ -68,6 +69,30 @@ def test_exchanged_scans_and_labels_of_another_order_are_told(brains, tmp_path, 
             assert re.search(expected, caplog.messages[0]), caplog.messages
             assert len(caplog.messages) == 1
             assert caplog.messages[0].startswith(str(tmp_path / str(number) / "subject-1-"))
+
+
+@pytest.mark.parametrize("rest", [1e-10, -1e-10, 3e-5])
+def test_rests_of_an_interpolation_in_the_air_are_air(brains, tmp_path, rest):
+    brain = {kind: brains[0][kind].astype(np.float32) for kind in ("T1", "T2")}
+    clean = LoadSubjectd()(subject_of(tmp_path / "clean", **brain))
+    rng = np.random.default_rng(0)
+    air = {kind: np.where(values == 0, rest * rng.random(values.shape), values) for kind, values in brain.items()}
+    loaded = LoadSubjectd()(subject_of(tmp_path / "air", **{kind: x.astype(np.float32) for kind, x in air.items()}))
+    np.testing.assert_array_equal(loaded["image"], clean["image"])
+
+
+def test_interpolated_mask_counts_from_one_half(brains, tmp_path):
+    brain = {kind: brains[0][kind] for kind in ("T1", "T2")}
+    inside = gaussian_filter((brain["T1"] > 0).astype(np.float32), 1.0)
+    for name, mask, expected in (
+        ("soft", inside, inside >= inside.max() / 2),
+        ("percent", 100 * inside, inside >= inside.max() / 2),
+        ("parts", np.where(inside > 0.8, 3, inside > 0.2).astype(np.uint8), inside > 0.2),
+    ):
+        data = subject_of(tmp_path / name, **brain, label=brains[0]["label"])
+        save_volume(tmp_path / name / "mask.nii.gz", mask)
+        loaded = LoadSubjectd()(data | {"mask": str(tmp_path / name / "mask.nii.gz")})
+        np.testing.assert_array_equal(loaded["t1"][0] > 0, expected & (brain["T1"] > 0))
 
 
 def test_loaded_subject(tmp_path):
