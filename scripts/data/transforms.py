@@ -45,8 +45,9 @@ class LoadSubjectd(Transform):
     """Load the T1, T2 and label of a subject and check that they belong together.
 
     The input is a dict with `image` (see `read_t1_and_t2`) and optionally `label` and `mask` (paths). A subject in
-    HDF5 has the path of its `.h5` file twice in `image`, and in `label`. T1 and T2 are set to 0 outside `mask`:
-    where it isn't above 0, or where it is interpolated, below half of its maximum. The result is a copy, on the grid of the T1 file and with its affine, with:
+    HDF5 has the path of its `.h5` file twice in `image`, and in `label`. T1 and T2 are set to 0 outside `mask`: where
+    it isn't above 0 or, if it is interpolated, is below half of its maximum. The result is a copy, on the grid of the
+    T1 file and with its affine, with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or as `read_hdf5` returns them
     - `t1`, `t2`: float32 (1, X, Y, Z), copies of the channels, to stay on this grid; `not_registered` in the meta data
