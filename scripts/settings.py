@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pydoc import locate
@@ -15,6 +15,10 @@ from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS, ID_SEP_KEY
 
 from scripts.errors import InputError, refuse_damaged
 
+# settings that are ids of subjects, and those that are paths, beside all that end in `_dir`
+IDS = ("subjects", "val_subjects")
+PATHS = ("checkpoints", "start_from", "filename", "logging_file")
+
 
 def given_options(arguments: Sequence[str]) -> dict[str, Any]:
     """Return the options among arguments as `fire` reads them: `--name value`, `--name=value`, `-name value`.
@@ -22,19 +26,22 @@ def given_options(arguments: Sequence[str]) -> dict[str, Any]:
     Raises:
         InputError: a value looks like Python but can't be evaluated.
     """
-    options: dict[str, Any] = {}
+    return {name: value for name, value, _ in _given(arguments)}
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
+    """Name, value and text of each option, see `given_options`."""
     for position, argument in enumerate(arguments):
         if option := re.fullmatch(r"--?([a-zA-Z][^=]*)(?:=(.*))?", argument, re.DOTALL):
             name, value = option.groups()
             following = arguments[position + 1] if position + 1 < len(arguments) else ""
             text = following if value is None else value
             try:
-                options[name.replace("-", "_")] = DefaultParseValue(text)
+                yield name.replace("-", "_"), DefaultParseValue(text), text
             except MemoryError:  # the number of brackets that Python's parser takes is limited
                 raise InputError(f"--{name} {text}: can't be read (too many brackets); correct it") from None
             except Exception as error:  # fire takes it for Python and can't evaluate it
                 raise InputError(f"--{name} {text}: can't be read ({error}); correct it") from error
-    return options
 
 
 def _names_at(config: ConfigParser, parent: str) -> set[str]:
@@ -88,6 +95,28 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     for name in options:
         if hint := unknown_setting(name, config, monai_options):
             raise InputError(f"--{name}: no such setting; {hint}")
+
+
+def refuse_rewritten_values(arguments: Sequence[str]) -> None:
+    """Refuse ids and paths on the command line that would arrive as something else.
+
+    Python takes `12_1` for 121 and `#` for a comment, and only a shell knows `~`.
+
+    Args:
+        arguments: of `monai.bundle run`.
+
+    Raises:
+        InputError: an id of IDS has an underscore between digits outside quotes, or a path `#` or a leading `~`.
+    """
+    for name, value, text in _given(arguments):
+        if name in IDS and re.search(r"(?<![\w'\"])\d+(_\d+)+(?![\w'\"])", text):
+            raise InputError(f"--{name} {text}: Python reads this as {value}; put the id in quotes, like \"['12_1']\"")
+        if not isinstance(value, str) or not (name.endswith("_dir") or name in PATHS):
+            continue
+        if "#" in text:  # fire takes the rest for a comment, MONAI takes it for a separator
+            raise InputError(f"--{name} {text}: # and what follows would get lost; choose a path without it")
+        if value.startswith("~"):
+            raise InputError(f"--{name} {text}: ~ isn't your home folder here; write the path in full")
 
 
 def require_tracking_package(arguments: Sequence[str]) -> None:

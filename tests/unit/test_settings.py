@@ -5,7 +5,7 @@ import pytest
 from helpers import ROOT
 
 from scripts.errors import InputError
-from scripts.settings import refuse_unknown_overrides, require_tracking_package
+from scripts.settings import refuse_rewritten_values, refuse_unknown_overrides, require_tracking_package
 
 TRAIN = str(ROOT / "configs" / "train.json")
 EVALUATE = str(ROOT / "configs" / "evaluate.json")
@@ -99,3 +99,37 @@ def test_missing_package_is_named_with_its_version(monkeypatch):
     with pytest.raises(InputError, match="--tracking mlflow: a package is missing; pip install mlflow==") as caught:
         require_tracking_package(["run", "training", "--config_file", "configs/train.json", "--tracking", "mlflow"])
     assert str(caught.value).split("; ")[1] in (ROOT / "docs" / "experiment_tracking.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--subjects", "12_1"], "--subjects 12_1: Python reads this as 121; put the id in quotes"),
+        (["--val_subjects=[3,1_0]"], r"--val_subjects \[3,1_0\]: Python reads this as \[3, 10\]; put the id in quotes"),
+        (["--subjects", "[1_2_3]"], "Python reads this as"),
+        (
+            ["--output_dir", "study#3"],
+            "--output_dir study#3: # and what follows would get lost; choose a path without it",
+        ),
+        (["--dataset-dir=a/#b"], "--dataset_dir a/#b: # and what follows would get lost"),
+        (["--start_from", "nets#1.pt"], "--start_from nets#1.pt: # and what"),
+        (["--ckpt_dir=~/nets"], "--ckpt_dir ~/nets: ~ isn't your home folder here; write the path in full"),
+        (["--checkpoints", "~/a.pt"], "--checkpoints ~/a.pt: ~ isn't your home folder here"),
+    ],
+)
+def test_id_or_path_that_would_arrive_as_another(arguments, message):
+    with pytest.raises(InputError, match=message):
+        refuse_rewritten_values(["run", "--config_file", TRAIN, *arguments])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--subjects", "['12_1','3']", "--output_dir", "a_1/2_3"],
+        ["--subjects", "01", "--val_subjects", "[9,10]"],
+        ["--subjects", "sub-12_ses-1", "--dataset_dir", "s3://bucket/~a"],
+        ["--train#trainer#max_epochs", "1_0", "--epochs", "1_000"],
+    ],
+)
+def test_id_or_path_that_arrives_as_typed(arguments):
+    refuse_rewritten_values(["run", "--config_file", TRAIN, *arguments])
