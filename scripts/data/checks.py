@@ -22,6 +22,10 @@ LARGEST_SHARE_OUTSIDE = 0.25
 # CSF is a tail of dark voxels in T1 and of bright ones in T2, so T1 is skewed to the left of T2: by 0.3 and more on
 # synthetic scans, by 0.07 and more on averages of infants' scans
 LARGEST_SKEW_OF_T1 = 0.1
+# voxels at either end that may be artefacts, and by how much they may widen the spread: by 1 to 5 % on synthetic scans
+# and averages of infants' scans
+EXTREME_SHARE = 0.001
+LARGEST_GROWTH_OF_SPREAD = 1.15
 
 
 def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
@@ -124,6 +128,24 @@ def exchanged(t1: np.ndarray, t2: np.ndarray) -> str | None:
     if first <= second + LARGEST_SKEW_OF_T1:
         return None
     return "T1 has the bright CSF of a T2, and T2 the dark CSF of a T1; exchange the two if they were mixed up"
+
+
+def extreme_voxels(t1: np.ndarray, t2: np.ndarray) -> str | None:
+    """Return a warning if a few voxels of T1 or T2 change its spread in the brain, by which it is normalised, much.
+
+    Args:
+        t1, t2: (X, Y, Z); T1 is above 0 only in the brain.
+    """
+    brain = t1 > 0
+    for name, values in (("T1", t1[brain]), ("T2", t2[brain])):
+        low, high = np.quantile(values, (EXTREME_SHARE, 1 - EXTREME_SHARE))
+        extreme = (values < low) | (values > high)
+        if len(values) >= FEWEST_VOXELS and values.std() > LARGEST_GROWTH_OF_SPREAD * values[~extreme].std():
+            return (
+                f"the {np.count_nonzero(extreme):,} most extreme voxels of {name}, from {values.min():g} to "
+                f"{values.max():g}, distort its normalisation; clip them"
+            )
+    return None
 
 
 def unlike_its_tissues(label: np.ndarray, t1: np.ndarray, t2: np.ndarray) -> str | None:

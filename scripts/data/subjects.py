@@ -51,6 +51,9 @@ class Subject(TypedDict):
     mask: NotRequired[str]
 
 
+# of train.json, by the convention of iSeg-2017; for a message
+DEFAULT_VAL_SUBJECT = "9"
+
 Ids = int | str | Collection[int | str]
 
 
@@ -344,11 +347,14 @@ class SubjectFolder:
                 raise InputError(f"{self.folder}: no subject of this BIDS dataset is complete; {subject} {reason}")
             raise InputError(f"{self.folder}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
         labeled = sum("label" in subject for subject in self.subjects)
+        images = [subject["subject"] for subject in self.subjects if not subject["image"][0].endswith(".h5")]
         remedy = {
             "train": "training uses labelled subjects that val_subjects doesn't name; add some or name fewer",
             "validate": "val_subjects names none; name at least one labelled subject",
             "measure": "the first labelled subject is used; give a folder with one",
-            "segment": "by default subjects without a label are segmented; name others by --subjects \"['9']\"",
+            "segment": f'by default subjects without a label are segmented; name others by --subjects "{images[:1]}"'
+            if images
+            else "HDF5 files lack the scan and its grid; give T1 and T2 images",
         }[purpose]
         raise InputError(
             f"{self.folder}: no subject left to {purpose} among {len(self.subjects)}, {labeled} of them labelled; "
@@ -384,9 +390,10 @@ class SubjectFolder:
         chosen: dict[str, Subject] = {}
         for name in _ids(ids) if subjects else ():
             if not (matches := self._matches(by_id, name)):
-                raise InputError(
-                    f"{self.folder}: {setting} names subject {name}, which isn't there; choose from {', '.join(by_id)}"
-                )
+                known = [each for each, s in by_id.items() if setting != "val_subjects" or "label" in s]
+                choice = f"choose from {', '.join(known)}" if known else "no subject has a label; add some"
+                default = " (the default)" if (setting, name) == ("val_subjects", DEFAULT_VAL_SUBJECT) else ""
+                raise InputError(f"{self.folder}: {setting} names subject {name}{default}, which isn't there; {choice}")
             chosen |= {subject: by_id[subject] for subject in matches}
         return list(chosen.values())
 

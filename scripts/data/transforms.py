@@ -14,6 +14,7 @@ from monai.utils import MetaKeys, SpaceKeys, convert_to_dst_type
 from scripts.data.alignment import not_registered
 from scripts.data.checks import (
     exchanged,
+    extreme_voxels,
     require_brain_only,
     require_contrast,
     require_label_of_brain,
@@ -55,7 +56,7 @@ class LoadSubjectd(Transform):
     - `label`, `reference`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is a label; `label` is to be
       resampled to the network's grid, `reference` stays on this one
 
-    A warning is logged if T1 and T2 seem to be exchanged, or the label's CSF isn't CSF in either.
+    A warning is logged if T1 and T2 seem to be exchanged, if a few voxels distort a spread, or if the label's CSF isn't CSF in either.
 
     Calls share no state, so any number of workers may load at a time.
 
@@ -93,8 +94,9 @@ class LoadSubjectd(Transform):
         require_t2_of_brain(*image, t2_path)
         if warning := not_registered(*image, nib.affines.voxel_sizes(affine)):
             logger.warning("%s: %s", t2_path, warning)
-        if mixed_up := exchanged(*image):
-            logger.warning("%s: %s", t1_path, mixed_up)
+        mixed_up = exchanged(*image)
+        for warning_of_both in filter(None, (mixed_up, extreme_voxels(*image))):
+            logger.warning("%s: %s", t1_path, warning_of_both)
         if label is not None:
             if not label.any():
                 raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or remove it")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from scripts.data.alignment import has_values
-from scripts.data.checks import exchanged
+from scripts.data.checks import exchanged, extreme_voxels
 from scripts.tissues import Tissue
 
 # ml, mean and standard deviation as reported for these subjects; this project hasn't measured them
@@ -65,6 +65,7 @@ def find_warnings(
         "T2 missing": t2_missing(t1, t2),
         "T2 not registered": not_registered,
         "T1 and T2 exchanged": exchanged(t1, t2),
+        "extreme voxels": extreme_voxels(t1, t2),
         "voxel size": other_voxel_size(voxel_size),
         "left-right asymmetry": left_right_asymmetry(prediction),
     }

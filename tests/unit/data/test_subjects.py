@@ -155,12 +155,32 @@ def test_folder_that_can_not_be_read(open_folder, as_nobody):
 
 def test_ids_that_are_not_there(tmp_path):
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
-    with pytest.raises(InputError, match="val_subjects names subject 9, which isn't there; choose from 1"):
+    told = r"val_subjects names subject 9 \(the default\), which isn't there; "
+    with pytest.raises(InputError, match=f"{told}no subject has a label; add some"):
+        SubjectFolder(str(tmp_path)).validation([9])
+    touch(tmp_path, *(f"subject-{subject}-{kind}.nii" for subject in (2, 3) for kind in ("T1", "T2", "label")))
+    with pytest.raises(InputError, match=f"{told}choose from 2, 3$"):
         SubjectFolder(str(tmp_path)).validation([9])
     with pytest.raises(InputError, match="val_subjects names subject 1, which has no label"):
         SubjectFolder(str(tmp_path)).validation([1])
-    with pytest.raises(InputError, match="subjects names subject 2"):
-        SubjectFolder(str(tmp_path)).to_segment([2])
+    with pytest.raises(InputError, match=r"subjects names subject 4, which isn't there; choose from 1, 2, 3$"):
+        SubjectFolder(str(tmp_path)).to_segment([4])
+
+
+@pytest.mark.parametrize(
+    ("names", "remedy"),
+    [
+        (["subject-4-T1.nii", "subject-4-T2.nii", "subject-4-label.nii"], r"name others by --subjects \"\['4'\]\"$"),
+        (["train_iseg_nocut_4.h5"], "HDF5 files lack the scan and its grid; give T1 and T2 images$"),
+    ],
+)
+def test_hint_that_is_given_works(tmp_path, names, remedy):
+    touch(tmp_path, *names)
+    folder = SubjectFolder(str(tmp_path))
+    with pytest.raises(InputError, match=f"no subject left to segment among 1, 1 of them labelled; .*{remedy}"):
+        folder.require(folder.to_segment(None), "segment")
+    if "name others" in remedy:
+        assert ids(folder.to_segment(["4"])) == ["4"]
 
 
 def test_output_among_the_subjects(tmp_path):

@@ -71,6 +71,19 @@ def test_exchanged_scans_and_labels_of_another_order_are_told(brains, tmp_path, 
             assert caplog.messages[0].startswith(str(tmp_path / str(number) / "subject-1-"))
 
 
+@pytest.mark.parametrize(("kind", "count", "value"), [("T1", 20, 32767), ("T2", 60, 9000), ("T2", 90, -4000)])
+def test_extreme_voxels_are_told(brains, tmp_path, caplog, kind, count, value):
+    brain = {kind: brains[1][kind].astype(np.int16) for kind in ("T1", "T2")}
+    inside = np.argwhere(brain["T1"] > 0)
+    chosen = inside[np.random.default_rng(0).choice(len(inside), count, replace=False)]
+    brain[kind][tuple(chosen.T)] = value
+    LoadSubjectd()(subject_of(tmp_path, **brain))
+    assert any(
+        re.search(rf"most extreme voxels of {kind}, .*{value}.*, distort its normalisation", message)
+        for message in caplog.messages
+    )
+
+
 @pytest.mark.parametrize("rest", [1e-10, -1e-10, 3e-5])
 def test_rests_of_an_interpolation_in_the_air_are_air(brains, tmp_path, rest):
     brain = {kind: brains[0][kind].astype(np.float32) for kind in ("T1", "T2")}
