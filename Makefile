@@ -77,12 +77,26 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-# the weights that the bundle includes, from LABEL_MAPS, a folder of 14 label maps, see docs/README.md: 1 to 11 train and
-# 12 chooses the epoch; then how they do on 13 and 14, which stay unseen; for a GPU: without one it takes about a day
-# RESUME=True goes on with one that was stopped
+# the weights that the bundle includes, in two trainings, from LABEL_MAPS and HEADS, folders of 14 label maps each, see
+# docs/README.md; maps 1 to 11 train and 12 chooses the epoch; then how they do on 13 and 14, which stay unseen
+# the first is for a GPU: without one it takes about a day; RESUME=True resumes the one that was stopped
 LABEL_MAPS ?= data/label-maps
+HEADS ?= data/heads
 RESUME ?= False
-weights: $(VENV)/.installed
+weights: eval/weights/six-months/.trained
+	$(PY) -m scripts synthesize --labels_dir $(LABEL_MAPS) --output_dir data/anatomies-2 --draws 2 --names "['anatomy-01', \
+		'anatomy-02','anatomy-03','anatomy-04','anatomy-06','anatomy-07','anatomy-08','anatomy-09','anatomy-10', \
+		'anatomy-12']"
+	$(RUN) training --config_file "['configs/train.json','configs/recipes/infant.json']" --dataset_dir data/anatomies-2 \
+		--val_subjects "['anatomy-12','anatomy-12-2']" --heads_dir $(HEADS) --heads "['head-01','head-02','head-03', \
+		'head-04','head-06','head-07','head-08','head-09','head-10']" --start_from eval/weights/six-months/model.pt \
+		--patch_size "[48,48,48]" --crops_per_epoch 800 --epochs 18 --val_interval 3 --picture_interval 0 \
+		--learning_rate 0.003 --resume $(RESUME) --output_dir eval/weights/infant --ckpt_dir eval/weights/infant
+	cp --backup=numbered eval/weights/infant/model.pt models/model.pt
+	$(PY) -m scripts robustness --labels_dir $(LABEL_MAPS) --names "['anatomy-13','anatomy-14']" \
+		--output_dir eval/weights
+
+eval/weights/six-months/.trained: $(VENV)/.installed
 	$(PY) -m scripts synthesize --labels_dir $(LABEL_MAPS) --output_dir data/anatomies --draws 4 --names "['anatomy-01', \
 		'anatomy-02','anatomy-03','anatomy-04','anatomy-05','anatomy-06','anatomy-07','anatomy-08','anatomy-09', \
 		'anatomy-10','anatomy-11','anatomy-12']"
@@ -90,9 +104,8 @@ weights: $(VENV)/.installed
 		--val_subjects "['anatomy-12','anatomy-12-2','anatomy-12-3','anatomy-12-4']" --patch_size "[64,64,64]" \
 		--synthetic_share 0.12 --crops_per_epoch 1600 --epochs 37 --val_interval 9 --picture_interval 0 \
 		--optimizer#_target_ torch.optim.AdamW --learning_rate 0.003 --resume $(RESUME) \
-		--output_dir eval/weights --ckpt_dir models
-	$(PY) -m scripts robustness --labels_dir $(LABEL_MAPS) --names "['anatomy-13','anatomy-14']" \
-		--output_dir eval/weights
+		--output_dir eval/weights/six-months --ckpt_dir eval/weights/six-months
+	@touch $@
 
 # the bundle as a zip to publish, with its checksum, and beside it the list of the packages that it needs (SBOM)
 VERSION := $(shell sed -n 's/^    "version": "\(.*\)",/\1/p' configs/metadata.json)
