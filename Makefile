@@ -90,7 +90,7 @@ weights: eval/weights/six-months/.trained
 	$(RUN) training --config_file "['configs/train.json','configs/recipes/infant.json']" --dataset_dir data/anatomies-2 \
 		--val_subjects "['anatomy-12','anatomy-12-2']" --heads_dir $(HEADS) --heads "['head-01','head-02','head-03', \
 		'head-04','head-06','head-07','head-08','head-09','head-10']" --start_from eval/weights/six-months/model.pt \
-		--patch_size "[48,48,48]" --crops_per_epoch 800 --epochs 18 --val_interval 3 --picture_interval 0 \
+		--patch_size "[48,48,48]" --crops_per_epoch 800 --epochs 13 --val_interval 13 --picture_interval 0 \
 		--learning_rate 0.003 --resume $(RESUME) --output_dir eval/weights/infant --ckpt_dir eval/weights/infant
 	cp --backup=numbered eval/weights/infant/model.pt models/model.pt
 	$(PY) -m scripts robustness --labels_dir $(LABEL_MAPS) --names "['anatomy-13','anatomy-14']" \

@@ -20,7 +20,7 @@ from scripts.tissues import Tissue
 VOLUME = (550, 1200)
 # of CSF in the brain, and of WM in GM and WM; at 6 months 0.22 and 0.40
 CSF_SHARE = (0.13, 0.31)
-WM_OF_TISSUE = (0.32, 0.48)
+WM_OF_TISSUE = (0.34, 0.52)
 PERCENT = np.linspace(0, 1, 101)
 CORTEX, WHITE = (NAMES.index(name) + 1 for name in ("cortex", "cerebral white matter"))
 
@@ -34,6 +34,7 @@ class Shape:
         nearest: int64 (3, X, Y, Z), see `StructureMap`.
         outer: int64 (X, Y, Z), see `StructureMap`.
         depth: mm from the surface of white matter, negative in grey matter, float32 (X, Y, Z).
+        fluid: mm from the surface of GM and WM, negative within, float32 (X, Y, Z).
         outside: mm from the surface of the brain, negative inside, float32 (X, Y, Z).
         sizes: share of each structure in the whole brain, by number.
     """
@@ -42,6 +43,7 @@ class Shape:
     nearest: torch.Tensor
     outer: torch.Tensor
     depth: torch.Tensor
+    fluid: torch.Tensor
     outside: torch.Tensor
     sizes: np.ndarray
 
@@ -89,7 +91,7 @@ def draw_shape(source: StructureMap, rng: np.random.Generator, size: Sequence[in
     tissue = tissue - float(np.clip(wanted, -0.7, 1.5)) - float(rng.uniform(0, 0.5)) * places[0]
     wanted = factor * np.interp(wm, PERCENT, source.white_quantiles)
     cortical = (nearest[1] == CORTEX) & (nearest[2] == WHITE)
-    white = white - cortical * (float(np.clip(wanted, -0.6, 0.6)) + float(rng.uniform(0, 0.3)) * places[1])
+    white = white - cortical * (float(np.clip(wanted, -0.8, 0.8)) + float(rng.uniform(0, 0.3)) * places[1])
     sizes = source.sizes.astype(float)
     if rng.random() < 0.5:
         hindbrain = torch.from_numpy(IN_HINDBRAIN)
@@ -101,7 +103,7 @@ def draw_shape(source: StructureMap, rng: np.random.Generator, size: Sequence[in
         sizes[of_which] *= share / sizes[of_which].sum()
     of_tissue, of_white = (torch.clamp(0.5 - boundary, 0, 1) for boundary in (tissue, white))
     shares = torch.stack([1 - of_tissue, of_tissue * (1 - of_white), of_tissue * of_white])
-    return Shape(shares, nearest, outer, -white, brain, sizes)
+    return Shape(shares, nearest, outer, -white, tissue, brain, sizes)
 
 
 def _sampled(source: StructureMap, where: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -175,10 +177,9 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     depth = shape.depth.clamp(0, 6) / 3 - 0.7
     myelin = fields[0] + float(rng.uniform(-0.1, 0.7)) * depth
     myelin_effect = np.array([rng.uniform(0, 1.2), -rng.uniform(0, 1.2)]) * rng.choice([1, -1], 2, p=[0.85, 0.15])
-    # white matter under the cortex myelinates last: its contrast comes with depth
-    unripe = float(rng.choice([0, rng.uniform(0.3, 1)], p=[0.3, 0.7]))
-    ripeness = 1 - unripe * torch.exp(-shape.depth.clamp(min=0) / float(rng.uniform(0.5, 3)))
-    shares = shape.shares * torch.stack([torch.ones_like(ripeness), torch.ones_like(ripeness), ripeness])
+    # white matter under the cortex myelinates last, and narrow sulci are never seen in full
+    kept = [_contrast_by_depth(depth, rng) for depth in (shape.fluid, shape.depth)]
+    shares = shape.shares * torch.stack([kept[0], torch.ones_like(kept[0]), kept[1]])
     # CSF differs by flow, and near the dura
     flow = smooth_field(rng, size, rng.uniform(5, 20), 2) * float(rng.uniform(0, 1.5))
     rim = (
@@ -189,12 +190,12 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     structures = torch.from_numpy(by_structure.astype(np.float32))
     outer = torch.from_numpy(rng.normal(0, 3, (2, len(OUTER_LABELS) + 1)).astype(np.float32))
     texture = smooth_field(rng, size, rng.uniform(1.5, 3.5), 2)
-    texture *= float(rng.choice([0, rng.uniform(0, 0.5)], p=[0.35, 0.65]))
+    texture *= float(rng.choice([0, rng.uniform(0, 0.5)], p=[0.5, 0.5]))
     vessels = _vessels(shape, rng) if rng.random() < 0.4 else None
     # averages of many children, and scans in which one moved, are blurred most near the surface
     softness = torch.clamp(1 + shape.outside / float(rng.uniform(5, 50)), 0, 1)
-    softness = softness * float(rng.choice([0, rng.uniform(0.5, 1)]))
-    noise = float(rng.choice([0, rng.uniform(0, 1.2)], p=[0.35, 0.65]))
+    softness = softness * float(rng.choice([0, rng.uniform(0.5, 1)], p=[0.65, 0.35]))
+    noise = float(rng.choice([0, rng.uniform(0, 1.2)], p=[0.45, 0.55]))
     edge = torch.clamp(0.5 - shape.outside, 0, 1)
     channels = []
     for channel in range(2):
@@ -206,7 +207,7 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
         if vessels is not None:
             values = values + vessels * (float(rng.normal(0, 4)) - values)
         values = values[None] + texture[channel]
-        values, soft = blurred(values, float(rng.uniform(0.3, 1.2))), blurred(values, float(rng.uniform(1.0, 2.5)))
+        values, soft = blurred(values, float(rng.uniform(0.3, 1.0))), blurred(values, float(rng.uniform(1.0, 2.0)))
         values = values + softness * (soft - values)
         if rng.random() < 0.15:
             values = with_thick_slices(values, int(rng.integers(3)), float(rng.uniform(1.3, 3)))
@@ -227,6 +228,12 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     mask = _mask(shape, rng)
     label = shape.label * mask
     return Scan(image.clamp(min=0.05) * mask, label, mean + level, deviation)
+
+
+def _contrast_by_depth(depth: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """Share of a tissue's contrast to GM that is left at a depth in mm below its surface, (X, Y, Z)."""
+    lost = float(rng.choice([0, rng.uniform(0.3, 1)], p=[0.25, 0.75]))
+    return 1 - lost * torch.exp(-depth.clamp(min=0) / float(rng.uniform(0.4, 2.5)))
 
 
 def _vessels(shape: Shape, rng: np.random.Generator) -> torch.Tensor:
