@@ -30,7 +30,7 @@ class Shape:
     """The shape of a brain or a part of it.
 
     Attributes:
-        shares: of CSF, GM and WM in each voxel of the brain, float32 (3, X, Y, Z); 0 outside.
+        shares: of CSF, GM and WM in each voxel, with sum 1, float32 (3, X, Y, Z).
         nearest: int64 (3, X, Y, Z), see `StructureMap`.
         outer: int64 (X, Y, Z), see `StructureMap`.
         depth: mm from the surface of white matter, negative in grey matter, float32 (X, Y, Z).
