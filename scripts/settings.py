@@ -12,6 +12,7 @@ from typing import Any
 from fire.parser import DefaultParseValue
 from monai.bundle import ConfigComponent, ConfigParser, ConfigWorkflow, ReferenceResolver, run
 from monai.bundle.utils import DEFAULT_MLFLOW_SETTINGS, ID_SEP_KEY
+from monai.utils import ensure_tuple
 
 from scripts.errors import InputError, refuse_damaged
 
@@ -100,22 +101,25 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
 def refuse_rewritten_values(arguments: Sequence[str]) -> None:
     """Refuse ids and paths on the command line that would arrive as something else.
 
-    Python takes `12_1` for 121 and `#` for a comment, and only a shell knows `~`.
+    Python reads `12_1` as 121 and takes `#` for a comment, and only a shell knows `~`.
 
     Args:
         arguments: of `monai.bundle run`.
 
     Raises:
-        InputError: an id of IDS has an underscore between digits outside quotes, or a path `#` or a leading `~`.
+        InputError: an id of IDS outside quotes is a number written otherwise than Python would, or a path has `#` or a
+            leading `~`.
     """
     for name, value, text in _given(arguments):
-        if name in IDS and re.search(r"(?<![\w'\"])\d+(_\d+)+(?![\w'\"])", text):
-            raise InputError(f"--{name} {text}: Python reads this as {value}; put the id in quotes, like \"['12_1']\"")
-        if not isinstance(value, str) or not (name.endswith("_dir") or name in PATHS):
+        if name in IDS and value != text:
+            bare = re.sub(r"'[^']*'|\"[^\"]*\"", "", text)
+            if any(str(DefaultParseValue(token)) != token for token in re.findall(r"[\w.+-]+", bare)):
+                raise InputError(f"--{name} {text}: is read as {value}; put ids in quotes, like \"['12_1']\"")
+        if not (name.endswith("_dir") or name in PATHS) or text.startswith(("@", "$", "%")):
             continue
         if "#" in text:  # fire takes the rest for a comment, MONAI takes it for a separator
-            raise InputError(f"--{name} {text}: # and what follows would get lost; choose a path without it")
-        if value.startswith("~"):
+            raise InputError(f"--{name} {text}: # would be changed or cut off; choose a path without it")
+        if any(str(each).startswith("~") for each in ensure_tuple(value)):
             raise InputError(f"--{name} {text}: ~ isn't your home folder here; write the path in full")
 
 

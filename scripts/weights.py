@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 WRAPPERS = ("model", "state_dict", "model_state_dict", "network_weights", "network", "net")
 # of DataParallel, torch.compile, and trainers that hold the network as an attribute
 PREFIXES = ("module.", "_orig_mod.", "model.", "network.", "net.")
+DEEPEST_WRAPPER = 4
 
 
 def read_checkpoint(path: str, content: bytes | None = None) -> Any:
@@ -65,37 +66,31 @@ def _version(path: str | Path) -> tuple[int, ...]:
     return status.st_ino, status.st_size, status.st_mtime_ns
 
 
-def unwrapped(content: Any) -> tuple[Mapping[str, Any], list[str]]:
-    """Return the state dict in a checkpoint without what trainers and wrappers of networks put around it.
+def unwrapped(content: Any) -> Mapping[str, Any]:
+    """Return the state dict in the content of a checkpoint: itself, or what it holds under names of WRAPPERS.
 
-    Args:
-        content: of the file: a state dict, or a dict that holds one under a name of WRAPPERS, at any depth. All its
-            names may begin with one of PREFIXES, repeatedly.
-
-    Returns:
-        The state dict, empty if there is none, and the names and prefixes that were removed, without `model`, under
-        which training itself writes it.
+    Empty if there is none.
     """
-    removed = []
-    state = content
-    while isinstance(state, Mapping) and (name := next((name for name in WRAPPERS if name in state), None)):
-        state = state[name]
-        removed += [name] if name != WRAPPERS[0] else []
-    if not isinstance(state, Mapping):
-        return {}, removed
-    while state and (prefix := next((p for p in PREFIXES if all(str(name).startswith(p) for name in state)), None)):
+    for _ in range(DEEPEST_WRAPPER):
+        held = (content[name] for name in WRAPPERS if isinstance(content, Mapping) and name in content)
+        content = next((each for each in held if isinstance(each, Mapping)), content)
+    return content if isinstance(content, Mapping) else {}
+
+
+def without_prefix(state: Mapping[str, Any], names: Collection[str]) -> Mapping[str, Any]:
+    """Return a state dict without the PREFIXES that all its names have and none of a network's `names` needs."""
+    while state and not any(name in names for name in state):
+        prefix = next((each for each in PREFIXES if all(str(name).startswith(each) for name in state)), None)
+        if prefix is None:
+            break
         state = {str(name).removeprefix(prefix): tensor for name, tensor in state.items()}
-        removed.append(prefix)
-    return state, removed
+    return state
 
 
 @lru_cache(maxsize=2)
 def _state(path: str, version: tuple[int, ...]) -> Any:
     """The state dict of a checkpoint, read once per version of the file. The caller must not change it."""
-    state, removed = unwrapped(read_checkpoint(path))
-    if removed:
-        logger.info("%s: the network is under %s", path, ", ".join(removed))
-    return state
+    return unwrapped(read_checkpoint(path))
 
 
 @lru_cache(maxsize=64)
@@ -156,14 +151,17 @@ def load_weights(network: torch.nn.Module, path: str) -> None:
 
     Args:
         network: changed in place, on its device.
-        path: a state dict as training writes it, or what `unwrapped` takes.
+        path: a state dict as training writes it, or as `unwrapped` and `without_prefix` take it from other trainers.
 
     Raises:
         InputError: the file doesn't exist, or as `read_checkpoint` and `require_fit`.
     """
     if not Path(path).is_file():
         raise InputError(f"{path}: no such checkpoint; train first, or name another folder by --ckpt_dir")
-    state = _state(str(path), _version(path))
+    found = _state(str(path), _version(path))
+    state = without_prefix(found, network.state_dict().keys())
+    if state is not found:
+        logger.info("%s: a prefix of all names was removed, such as that of %s", path, next(iter(found)))
     require_fit(state, network, path, "set network_def to the network it was trained with")
     network.load_state_dict(state)
 

@@ -64,8 +64,6 @@ def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialIma
     """The image, once its header has passed `require_brain_scan`, and its values as float32."""
     image = nib.load(source, mmap=False) if isinstance(source, str) else source
     require_brain_scan(path, image)
-    if doubt := doubt_of_orientation(image):
-        logger.warning("%s: %s", path, doubt)
     if not isinstance(source, str):
         return image, image.get_fdata(dtype=np.float32, caching="unchanged")
     _require_room(image)
@@ -94,16 +92,16 @@ def doubt_of_orientation(image: SpatialImage) -> str | None:
     s_code, q_code = (int(image.header[name]) for name in ("sform_code", "qform_code"))
     if not s_code and not q_code:
         axes = "".join(nib.aff2axcodes(image.affine))
-        return f"its header doesn't say how the scan is turned; {axes} is assumed, so left and right may be exchanged"
+        return f"its header doesn't state the orientation; {axes} is assumed, so left and right may be exchanged"
     if not s_code or not q_code:
         return None
     try:
         both = image.get_sform(), image.get_qform()
-    except nib.spatialimages.HeaderDataError:  # a quaternion that can't be; the sform is used anyway
+    except (nib.spatialimages.HeaderDataError, ValueError):  # a quaternion that can't be; the sform is used anyway
         return None
     first, second = (each[:3, :3] / np.linalg.norm(each[:3, :3], axis=0) for each in both)
     angle = np.degrees(np.arccos(np.clip((first * second).sum(axis=0), -1, 1))).max()
-    if angle <= LARGEST_ANGLE:
+    if not angle > LARGEST_ANGLE:  # NaN too
         return None
     return f"its sform and qform differ by {angle:.0f} degrees; the sform is used, as most tools do"
 
@@ -210,6 +208,8 @@ def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarra
         image: paths or nibabel images of T1 and T2; or one path of a 4-D file with both, or of a T1 with its T2 beside
             it.
 
+    A doubt about the orientation of T1 is logged; T2 is on its grid.
+
     Returns:
         T1 and T2 as float32 (2, X, Y, Z), the 4 x 4 affine of T1, and the names of T1 and T2 by `name_of`.
 
@@ -228,6 +228,8 @@ def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarra
         t1_source, t2_source = image
         t1_path = name_of(t1_source, "T1")
         t1, affine = read_volume(t1_source, "T1")
+        if doubt := doubt_of_orientation(nib.load(t1_source) if isinstance(t1_source, str) else t1_source):
+            logger.warning("%s: %s", t1_path, doubt)
     t2_path = name_of(t2_source, "T2")
     t2, t2_affine = read_volume(t2_source, "T2")
     require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)

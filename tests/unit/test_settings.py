@@ -104,16 +104,19 @@ def test_missing_package_is_named_with_its_version(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--subjects", "12_1"], "--subjects 12_1: Python reads this as 121; put the id in quotes"),
-        (["--val_subjects=[3,1_0]"], r"--val_subjects \[3,1_0\]: Python reads this as \[3, 10\]; put the id in quotes"),
-        (["--subjects", "[1_2_3]"], "Python reads this as"),
+        (["--subjects", "12_1"], "--subjects 12_1: is read as 121; put ids in quotes"),
+        (["--val_subjects=[3,1_0]"], r"--val_subjects \[3,1_0\]: is read as \[3, 10\]; put ids in quotes"),
+        (["--subjects", "[1_2_3]"], "is read as"),
         (
             ["--output_dir", "study#3"],
-            "--output_dir study#3: # and what follows would get lost; choose a path without it",
+            "--output_dir study#3: # would be changed or cut off; choose a path without it",
         ),
-        (["--dataset-dir=a/#b"], "--dataset_dir a/#b: # and what follows would get lost"),
-        (["--start_from", "nets#1.pt"], "--start_from nets#1.pt: # and what"),
+        (["--dataset-dir=a/#b"], "--dataset_dir a/#b: # would be changed"),
+        (["--start_from", "nets#1.pt"], "--start_from nets#1.pt: # would be"),
         (["--ckpt_dir=~/nets"], "--ckpt_dir ~/nets: ~ isn't your home folder here; write the path in full"),
+        (["--subjects", "12.10"], "--subjects 12.10: is read as 12.1"),
+        (["--subjects", "[0x10,'a']"], "is read as"),
+        (["--checkpoints", "['a.pt','~/b.pt']"], "~ isn't your home folder here"),
         (["--checkpoints", "~/a.pt"], "--checkpoints ~/a.pt: ~ isn't your home folder here"),
     ],
 )
@@ -127,6 +130,7 @@ def test_id_or_path_that_would_arrive_as_another(arguments, message):
     [
         ["--subjects", "['12_1','3']", "--output_dir", "a_1/2_3"],
         ["--subjects", "01", "--val_subjects", "[9,10]"],
+        ["--subjects", "sub-12_1", "--val_subjects", "['a 12_1 b',7]", "--ckpt_dir", "@folders#output"],
         ["--subjects", "sub-12_ses-1", "--dataset_dir", "s3://bucket/~a"],
         ["--train#trainer#max_epochs", "1_0", "--epochs", "1_000"],
     ],

@@ -3,6 +3,7 @@ import zipfile
 
 import pytest
 import torch
+from monai.networks.nets import UNet
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
@@ -38,8 +39,29 @@ def test_checkpoint_of_other_trainers(checkpoint, caplog, wrappers, prefix):
     with caplog.at_level("INFO"):
         load_weights(network, str(path))
     assert all(torch.equal(a, b) for a, b in zip(network.parameters(), saved.parameters(), strict=True))
-    assert "model.pt: the network is under" in caplog.text
-    assert wrappers[-1] in caplog.text
+    assert f"model.pt: a prefix of all names was removed, such as that of {prefix}" in caplog.text
+
+
+def test_name_of_the_network_beside_its_state_is_no_state(checkpoint):
+    path, saved = checkpoint
+    torch.save({"model": "SkipDenseSeg", "state_dict": saved.state_dict()}, path)
+    load_weights(SkipDenseSeg(), str(path))
+    inside: dict = {"epoch": 3}
+    inside["model"] = inside
+    torch.save(inside, path)
+    with pytest.raises(InputError, match="a checkpoint of another network"):
+        load_weights(SkipDenseSeg(), str(path))
+
+
+def test_prefix_that_belongs_to_the_network_stays(tmp_path):
+    networks = [UNet(3, 2, 4, channels=(4, 8), strides=(2,)) for _ in range(3)]
+    for number, names in enumerate(("{}", "module.{}")):
+        path = tmp_path / f"{number}.pt"
+        torch.save({names.format(name): tensor for name, tensor in networks[0].state_dict().items()}, path)
+        load_weights(networks[1 + number], str(path))
+        for name, tensor in networks[0].state_dict().items():
+            assert torch.equal(networks[1 + number].state_dict()[name], tensor)
+    assert has_weights_of(tmp_path / "0.pt", networks[1])
 
 
 def test_prefix_that_not_all_tensors_have_is_no_prefix(checkpoint):

@@ -9,7 +9,7 @@ from helpers import save_volume
 
 from scripts.data.hdf5 import read_hdf5
 from scripts.data.transforms import LoadSubjectd
-from scripts.data.volumes import read_volume
+from scripts.data.volumes import read_t1_and_t2, read_volume
 from scripts.errors import InputError
 from scripts.weights import read_checkpoint
 
@@ -43,7 +43,7 @@ SIDEWAYS = np.array([[0, 0, -1.0, 4], [-1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 0, 1]]
 @pytest.mark.parametrize(
     ("codes", "qform", "expected"),
     [
-        ((0, 0), SIDEWAYS, r"doesn't say how the scan is turned; [LRAPIS]{3} is assumed, so left and right may be"),
+        ((0, 0), SIDEWAYS, r"doesn't state the orientation; [LRAPIS]{3} is assumed, so left and right may be"),
         ((2, 1), SIDEWAYS, "its sform and qform differ by 90 degrees; the sform is used"),
         ((1, 1), np.diag([1.0, 1, -1, 1]), "its sform and qform differ by 180 degrees; the sform is used"),
         ((4, 4), np.diag([-1.0, 1, 1, 1]), None),
@@ -53,11 +53,23 @@ SIDEWAYS = np.array([[0, 0, -1.0, 4], [-1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 0, 1]]
 )
 def test_doubtful_orientation_is_told(tmp_path, caplog, kind, codes, qform, expected):
     path = nifti(tmp_path / "a.nii.gz", *codes, qform, kind)
-    values, _ = read_volume(path)
-    np.testing.assert_array_equal(values, VALUES)
+    values, *_ = read_t1_and_t2([path, path])
+    np.testing.assert_array_equal(values[0], VALUES)
     assert len(caplog.messages) == (expected is not None)
     if expected:
         assert re.fullmatch(rf"{path}: .*{expected}.*", caplog.messages[0]), caplog.messages
+
+
+@pytest.mark.parametrize("quaternion", [0.9, np.nan])
+def test_quaternion_that_can_not_be_beside_a_good_sform(tmp_path, caplog, quaternion):
+    path = Path(nifti(tmp_path / "a.nii", 1, 1, np.diag([-1.0, 1, 1, 1])))
+    content = bytearray(path.read_bytes())
+    content[256:268] = np.float32([quaternion] * 3).tobytes()
+    path.write_bytes(content)
+    values, affine, *_ = read_t1_and_t2([str(path), str(path)])
+    np.testing.assert_array_equal(values[0], VALUES)
+    np.testing.assert_array_equal(affine, np.diag([-1, 1, 1, 1]))
+    assert not caplog.messages
 
 
 @pytest.mark.parametrize(("suffix", "offset"), [(".nii", 0), (".nii", 200), (".nii.gz", 0)])
