@@ -83,7 +83,7 @@ lint: $(VENV)/.installed-dev
 LABEL_MAPS ?= data/label-maps
 HEADS ?= data/heads
 RESUME ?= False
-weights: eval/weights/six-months/.trained
+weights: eval/weights/six-months/.trained | $(VENV)/.installed
 	$(PY) -m scripts synthesize --labels_dir $(LABEL_MAPS) --output_dir data/anatomies-2 --draws 2 --names "['anatomy-01', \
 		'anatomy-02','anatomy-03','anatomy-04','anatomy-06','anatomy-07','anatomy-08','anatomy-09','anatomy-10', \
 		'anatomy-12']"
@@ -96,7 +96,7 @@ weights: eval/weights/six-months/.trained
 	$(PY) -m scripts robustness --labels_dir $(LABEL_MAPS) --names "['anatomy-13','anatomy-14']" \
 		--output_dir eval/weights
 
-eval/weights/six-months/.trained: $(VENV)/.installed
+eval/weights/six-months/.trained: | $(VENV)/.installed
 	$(PY) -m scripts synthesize --labels_dir $(LABEL_MAPS) --output_dir data/anatomies --draws 4 --names "['anatomy-01', \
 		'anatomy-02','anatomy-03','anatomy-04','anatomy-05','anatomy-06','anatomy-07','anatomy-08','anatomy-09', \
 		'anatomy-10','anatomy-11','anatomy-12']"

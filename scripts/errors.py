@@ -44,6 +44,13 @@ def require_true_or_false(**settings: bool) -> None:
             raise InputError(f"--{name} {value}: must be True or False")
 
 
+def require_share(**settings: float) -> None:
+    """Raise InputError for a setting, given by name, that isn't a number from 0 to 1."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+            raise InputError(f"--{name} {value}: must be a number from 0 to 1")
+
+
 def require_path(path: str | os.PathLike[str]) -> None:
     """Raise InputError if a value isn't a path: on the command line `2024` is a number."""
     if not isinstance(path, str | os.PathLike):

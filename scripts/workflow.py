@@ -39,6 +39,8 @@ LEAST = {
     0: ("foreground_margin", "profile_steps", "picture_interval"),
     1: ("epochs", "crops_per_epoch", "batch_size", "val_interval"),
 }
+# images with nearly a subject's name that are logged one by one
+MOST_UNUSED = 10
 TRUE_OR_FALSE = ("probabilities", "stop_at_bad_subject")
 
 logger = logging.getLogger(__name__)
@@ -132,8 +134,10 @@ def check(
     if purpose == "segment":
         require_apart(settings["dataset_dir"], settings["output_dir"])
         require_apart(folders.dataset, folders.output)
-    for path, remedy in dataset.unused.items():
+    for path, remedy in list(dataset.unused.items())[:MOST_UNUSED]:
         logger.warning("%s: isn't used, since its name isn't that of a subject's file; %s", path, remedy)
+    if len(dataset.unused) > MOST_UNUSED:
+        logger.warning("%s: %d more files like these aren't used", dataset.folder, len(dataset.unused) - MOST_UNUSED)
     dataset.require(subjects, purpose)
     with _locked(purpose, folders):
         pass

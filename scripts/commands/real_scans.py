@@ -1,5 +1,6 @@
 """Dice on real scans with labels, as they are, cut to the labelled part, at 1 mm, and with noise."""
 
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,10 +16,14 @@ from tqdm import tqdm
 
 from scripts.commands.shared import TITLES
 from scripts.data.volumes import read_volume, require_same_grid
-from scripts.errors import InputError
+from scripts.errors import InputError, require_path
+from scripts.files import is_hidden
 from scripts.results.metrics import tissue_scores
 from scripts.segment import Segmenter
+from scripts.synthesis.label_maps import require_usable
 from scripts.tissues import TISSUES, Tissue, tissue_labels
+
+logger = logging.getLogger(__name__)
 
 SCAN_NAME = re.compile(r"(?i)(?P<scan>.+?)[-_](desc-[a-z0-9]+_)?(?P<kind>t1|t2|label|seg|dseg)w?\.(nii|nii\.gz|hdr)")
 
@@ -47,47 +52,62 @@ TREATMENTS = {
 
 
 def find_real_scans(folder: str) -> dict[str, dict[str, Path]]:
-    """Return the files of each scan with label by kind, `t1`, `t2` and `label`.
+    """Return the files of each scan with label by kind, `t1`, `t2` and `label`; log those that lack one.
 
     Args:
         folder: has `<scan>-T1`, `<scan>-T2` and `<scan>-label` or `-Seg`, or `_T1w`, `_T2w` and `_dseg` as in BIDS, at
-            any depth.
+            any depth. Hidden files don't count.
 
     Raises:
-        InputError: the folder has no scan with all three, or two files of a kind.
+        InputError: the folder doesn't exist or has no scan with all three, or a scan has two files of a kind.
     """
+    require_path(folder)
+    if not Path(folder).is_dir():
+        raise InputError(f"{folder}: no such folder; give the folder of the real scans as --atlas_dir")
     found: dict[str, dict[str, Path]] = {}
     for path in sorted(Path(folder).rglob("*")):
-        if name := SCAN_NAME.fullmatch(path.name):
+        if (name := SCAN_NAME.fullmatch(path.name)) and not is_hidden(path.name):
             kind = name["kind"].lower()
             kind = kind if kind in ("t1", "t2") else "label"
             files = found.setdefault(name["scan"], {})
             if kind in files:
-                raise InputError(f"{path}: {files[kind]} is the {kind} of the same scan; keep one of them")
+                raise InputError(f"{path}: {files[kind]} is a {kind} of scan {name['scan']} too; rename or remove one")
             files[kind] = path
     complete = {scan: files for scan, files in found.items() if len(files) == 3}
     if not complete:
         raise InputError(f"{folder}: has no scan with label; give a folder with <scan>-T1, <scan>-T2 and <scan>-label")
+    for scan in found.keys() - complete.keys():
+        logger.warning("%s: scan %s has no T1, no T2 or no label; skipped", folder, scan)
     return complete
 
 
-def _treated(files: dict[str, Path], treatment: Treatment, rng: np.random.Generator) -> dict[str, MetaTensor]:
-    """T1, T2 and label, (1, X, Y, Z)."""
-    label, affine = read_volume(str(files["label"]))
-    label = tissue_labels(label, str(files["label"]))
-    if missing := [tissue.name for tissue in Tissue if not (label == tissue).any()]:
-        raise InputError(f"{files['label']}: has no {', '.join(missing)}; give a label with CSF, GM and WM")
-    values = {"label": label}
+def _read(files: dict[str, Path]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """T1, T2 and label of a scan, each (X, Y, Z), and their affine."""
+    path = str(files["label"])
+    label, affine = read_volume(path)
+    volumes = {"label": tissue_labels(label, path)}
+    require_usable(files["label"], volumes["label"], affine)
     for kind in ("t1", "t2"):
-        image, image_affine = read_volume(str(files[kind]))
-        require_same_grid(str(files["label"]), label, affine, str(files[kind]), image, image_affine)
-        noise = treatment.noise * image[label == Tissue.GM].std() * rng.standard_normal(image.shape, dtype=np.float32)
-        values[kind] = np.where(image > 0, np.maximum(image + noise, image[image > 0].min()), 0)
-        if treatment.cut:
-            values[kind] *= label > 0
-    result = {}
-    for kind, volume in values.items():
-        image = MetaTensor(torch.from_numpy(np.ascontiguousarray(volume, dtype=np.float32))[None], affine=affine)
+        volumes[kind], image_affine = read_volume(str(files[kind]))
+        require_same_grid(str(files[kind]), volumes[kind], image_affine, path, label, affine)
+    return volumes, affine
+
+
+def _treated(
+    volumes: dict[str, np.ndarray], affine: np.ndarray, treatment: Treatment, rng: np.random.Generator
+) -> dict[str, MetaTensor]:
+    """T1, T2 and label after a treatment, (1, X, Y, Z)."""
+    label, result = volumes["label"], {}
+    for kind in ("label", "t1", "t2"):
+        values = volumes[kind].astype(np.float32)
+        if kind != "label" and treatment.noise:
+            spread = treatment.noise * values[label == Tissue.GM].std()
+            noisy = values + spread * rng.standard_normal(values.shape, dtype=np.float32)
+            # what was above 0 stays above 0, as in a stripped scan
+            values = np.where(values > 0, np.maximum(noisy, 1e-3 * values.max()), values)
+        if kind != "label" and treatment.cut:
+            values = values * (label > 0)
+        image = MetaTensor(torch.from_numpy(np.ascontiguousarray(values))[None], affine=affine)
         if treatment.voxel:
             mode = "nearest" if kind == "label" else "bilinear"
             image = Spacing([treatment.voxel] * 3, mode=mode, padding_mode="zeros")(image)
@@ -98,31 +118,37 @@ def _treated(files: dict[str, Path], treatment: Treatment, rng: np.random.Genera
     return result
 
 
-def score_real_scans(folder: str, segmenter: Segmenter, seed: int) -> Iterator[dict[str, Any]]:
+def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter, seed: int) -> Iterator[dict[str, Any]]:
     """Yield a row of scores for each scan under each of `TREATMENTS`.
 
-    Scores are those of `tissue_scores` inside the label, and the share of each tissue in the segmentation in percent.
+    Scores are those of `tissue_scores` inside the label, and the share of each tissue in the segmentation, from 0 to 1.
 
     Args:
-        folder: see `find_real_scans`.
+        scans: see `find_real_scans`.
         segmenter: what segments them.
         seed: selects the noise.
 
     Raises:
-        InputError: as `find_real_scans`, `read_volume`, `tissue_labels` and `require_same_grid`, or a tissue is
-            missing.
+        InputError: as `read_volume`, `tissue_labels`, `require_usable`, `require_same_grid` and the segmenter.
     """
-    trials = [(scan, files, name) for scan, files in find_real_scans(folder).items() for name in TREATMENTS]
-    for scan, files, name in tqdm(trials, desc="real scans"):
-        images = _treated(files, TREATMENTS[name], np.random.default_rng([seed, *scan.encode()]))
-        t1, t2 = (nib.Nifti1Image(images[kind][0].numpy(), images[kind].affine.numpy()) for kind in ("t1", "t2"))
-        prediction = torch.from_numpy(segmenter(t1, t2).label)[None]
-        label = images["label"].as_tensor().to(torch.uint8)
-        prediction = prediction * (label > 0)
-        shares = torch.bincount(prediction[prediction > 0].long(), minlength=len(Tissue) + 1)[1:] / (label > 0).sum()
-        row = {"scan": scan, "treatment": name}
-        row |= tissue_scores(prediction, label, tuple(images["label"].pixdim.tolist()))
-        yield row | {f"share_{tissue}": 100 * share for tissue, share in zip(TISSUES, shares.tolist(), strict=True)}
+    with tqdm(total=len(scans) * len(TREATMENTS), desc="real scans") as progress:
+        for scan, files in scans.items():
+            volumes, affine = _read(files)
+            for name, treatment in TREATMENTS.items():
+                images = _treated(volumes, affine, treatment, np.random.default_rng([seed, *scan.encode()]))
+                t1, t2 = (
+                    nib.Nifti1Image(images[kind][0].numpy(), images[kind].affine.numpy()) for kind in ("t1", "t2")
+                )
+                label = images["label"].as_tensor().to(torch.uint8)
+                prediction = torch.from_numpy(segmenter(t1, t2).label)[None] * (label > 0)
+                voxels = torch.bincount(prediction.flatten().long(), minlength=len(Tissue) + 1)[1:]
+                shares = (voxels / (label > 0).sum()).tolist()
+                yield (
+                    {"scan": scan, "treatment": name}
+                    | tissue_scores(prediction, label, tuple(images["label"].pixdim.tolist()))
+                    | {f"share_{tissue}": share for tissue, share in zip(TISSUES, shares, strict=True)}
+                )
+                progress.update()
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -131,6 +157,6 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         {"scan": row["scan"], "treatment": row["treatment"]}
         | {title: f"{100 * row[f'dice_{name}']:.1f}" for title, name in zip(TITLES, (*TISSUES, "mean"), strict=True)}
         | {"HD95": f"{row['hd95_mean']:.1f}"}
-        | {"CSF/GM/WM": "/".join(f"{row[f'share_{tissue}']:.0f}" for tissue in TISSUES)}
+        | {"CSF/GM/WM": "/".join(f"{100 * row[f'share_{tissue}']:.0f}" for tissue in TISSUES)}
         for row in rows
     ]

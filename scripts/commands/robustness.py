@@ -13,7 +13,7 @@ from monai.data import MetaTensor
 from monai.transforms import Rotate, Spacing
 from tqdm import tqdm
 
-from scripts.commands.real_scans import score_real_scans, summary
+from scripts.commands.real_scans import find_real_scans, score_real_scans, summary
 from scripts.commands.shared import mean_cells
 from scripts.errors import InputError, require_whole_numbers
 from scripts.files import whole_files
@@ -116,19 +116,21 @@ def robustness(
         settings: settings of `scripts.segment.Segmenter`: `checkpoints`, `flips` and so on.
 
     Raises:
-        InputError: neither folder is given, or as `find_label_maps`, `read_label_map`, `score_real_scans` and
+        InputError: neither folder is given, or as `find_label_maps`, `read_label_map`, `find_real_scans`,
+            `score_real_scans` and
             `Segmenter`.
     """
     require_whole_numbers(0, seed=seed)
     if labels_dir is None and atlas_dir is None:
         raise InputError("robustness: give label maps by --labels_dir, real scans with labels by --atlas_dir, or both")
+    scans = {} if atlas_dir is None else find_real_scans(atlas_dir)
+    brains = [] if labels_dir is None else [read_label_map(path) for path in find_label_maps(labels_dir, names)]
     segmenter = Segmenter(**settings)
-    if atlas_dir is not None:
-        rows = list(score_real_scans(atlas_dir, segmenter, seed))
+    if scans:
+        rows = list(score_real_scans(scans, segmenter, seed))
         _report(output_dir, "real_scans", "inside the label: Dice, shares in percent, HD95 in mm", rows, summary(rows))
-    if labels_dir is None:
+    if not brains:
         return
-    brains = [read_label_map(path) for path in find_label_maps(labels_dir, names)]
     trials = [(title, brain.name) for title in CONDITIONS for brain in brains] + [("procedural phantom", "phantom")]
     by_name = {brain.name: brain for brain in brains}
     rows = []

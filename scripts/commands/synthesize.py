@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import nibabel as nib
@@ -57,10 +58,12 @@ def synthesize(
     subjects = [label_map_name(path) + (f"-{draw + 1}" if draw else "") for path, draw in wanted]
     require_different_names([path for path, _ in wanted], subjects)
     rows = []
+    read = lru_cache(maxsize=1)(read_structure_map if contrast == INFANT else read_label_map)
     for (path, draw), subject in tqdm(list(zip(wanted, subjects, strict=True)), desc="synthetic subjects"):
         files = {kind: Path(output_dir) / f"subject-{subject}-{kind}.nii.gz" for kind in ("T1", "T2", "label")}
-        brain = read_structure_map(path) if contrast == INFANT else read_label_map(path)
-        content = hashlib.sha256((brain.nearest if contrast == INFANT else brain.label).tobytes()).hexdigest()[:12]
+        brain = read(path)
+        arrays = (brain.nearest, brain.outer) if contrast == INFANT else (brain.label,)
+        content = hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest()[:12]
         description = f"synthetic {contrast} seed {seed} draw {draw + 1} of label map {content}"
         if already_written(files.values(), description):
             continue

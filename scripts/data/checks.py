@@ -119,19 +119,19 @@ def exchanged(t1: np.ndarray, t2: np.ndarray) -> str | None:
     """
     brain = t1 > 0
     # the outermost voxels are artefacts more often than tissue; every eighth voxel is enough
-    samples = [np.sort(each[brain][::8]) for each in (t1, t2)]
+    samples = [np.sort(each[brain][::8]).astype(np.float64) for each in (t1, t2)]
     end = 1 + len(samples[0]) // 1000
     samples = [sample[end:-end] for sample in samples]
     if len(samples[0]) < FEWEST_VOXELS // 8 or not all(map(np.ptp, samples)):
         return None
     first, second = map(skew, samples)
-    if first <= second + LARGEST_SKEW_OF_T1:
+    if not first > second + LARGEST_SKEW_OF_T1:
         return None
-    return "T1 has the bright CSF of a T2, and T2 the dark CSF of a T1; exchange the two if they were mixed up"
+    return "the intensities of T1 look like those of a T2, and the reverse; swap the files if they were mixed up"
 
 
 def extreme_voxels(t1: np.ndarray, t2: np.ndarray) -> str | None:
-    """Return a warning if a few voxels of T1 or T2 change its spread in the brain, by which it is normalised, much.
+    """Return a warning if a few voxels of T1 or T2 greatly widen its spread in the brain, by which it is normalised.
 
     Args:
         t1, t2: (X, Y, Z); T1 is above 0 only in the brain.

@@ -9,7 +9,7 @@ import logging
 import os
 import posixpath
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TypedDict
 
@@ -33,11 +33,13 @@ EXPECTED_NAMES = (
 KIND_WORDS = re.compile(r"(?i)(?<![a-z0-9])(t[12]w?|(image|label)s?(tr|ts)?|final)(?![a-z0-9])")
 
 
-# names of images that aren't a subject's but look like one's, and suffixes that would have to be converted
+# names of images that aren't a subject's but look like one's
 NEAR_MISS = re.compile(
     r"(?is)(?P<before>.*?)(?<![a-z0-9])(?P<kind>t1|t2|labels?|seg|dseg)w?(?![a-z0-9])(?P<after>.*?)"
     r"(?P<suffix>\.(?:nii|nii\.gz|hdr|img|mgz|mgh|mha|mhd|nrrd|nii\.bz2|nii\.zst|hdr\.gz|img\.gz))"
 )
+# masks, probability maps and transformations, which lie beside scans in many datasets
+OTHER_IMAGES = re.compile(r"(?i)mask|pve|prob|(?<![a-z])to(?![a-z])")
 READ_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 
 
@@ -90,16 +92,21 @@ def _with_suffix_like(path: Path, suffix: str) -> Path:
 
 
 def _named_files(
-    directory: str, bad: dict[str, InputError], excluded: Collection[str] = ("derivatives",)
+    directory: str,
+    bad: dict[str, InputError],
+    excluded: Collection[str] = ("derivatives",),
+    others: list[Path] | None = None,
 ) -> Iterator[tuple[re.Match[str], Path]]:
     """Files at any depth of a folder that have a subject's name, except in `excluded` folders at its top.
 
-    Folders that can't be read are added to `bad`, with the reason.
+    Folders that can't be read are added to `bad`, with the reason, and files without such a name to `others`.
     """
     root = Path(directory)
     for path in sorted(_walk(root, {root / name for name in excluded}, bad)):
         if name := FILE_NAME.fullmatch(path.name) or HDF5_NAME.fullmatch(path.name):
             yield name, path
+        elif others is not None:
+            others.append(path)
 
 
 def _walk(root: Path, excluded: Collection[Path], bad: dict[str, InputError]) -> Iterator[Path]:
@@ -123,29 +130,34 @@ def _walk(root: Path, excluded: Collection[Path], bad: dict[str, InputError]) ->
                 folders.append(name)
 
 
-def unused_images(directory: str) -> dict[str, str]:
-    """Return images at any depth of a folder that look like a subject's by their name but aren't used, with a remedy.
+def _near_misses(others: Iterable[Path], found: Mapping[str, Collection[str]]) -> dict[str, str]:
+    """Images that look like a subject's by their name but aren't used, with the name that they should have.
 
-    The folder `derivatives` and hidden files are skipped, as for subjects.
+    Args:
+        others: files without a subject's name.
+        found: the kinds of files that each subject has; an image that would be one of these is something else.
     """
-    root = Path(directory)
     result = {}
-    for path in sorted(_walk(root, {root / "derivatives"}, {})):
-        if FILE_NAME.fullmatch(path.name) or not (name := NEAR_MISS.fullmatch(path.name)) or path.is_dir():
+    for path in others:
+        name = NEAR_MISS.fullmatch(path.name)
+        if not name or OTHER_IMAGES.search(path.name) or not path.name.isprintable() or path.is_dir():
             continue
         kind = name["kind"].upper() if name["kind"].lower() in ("t1", "t2") else "label"
-        subject = re.sub(r"(?i)^(subject|sub)[-_]?", "", name["before"]).strip("-_. ") or "<id>"
+        subject = re.sub(r"(?i)^(subject|sub)[-_ ]", "", name["before"]).strip("-_. ") or "<id>"
+        if kind.upper() in found.get(subject, ()) or (path.suffix == ".img" and path.with_suffix(".hdr").exists()):
+            continue
         read = name["suffix"].lower() in READ_SUFFIXES
         suffix = name["suffix"] if read else ".nii.gz"
         result[str(path)] = f"{'rename' if read else 'convert'} it to subject-{subject}-{kind}{suffix} to use it"
     return result
 
 
-def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError]]:
-    """Files by subject and kind (T1, T2, LABEL, HDF5), and errors by subject or folder."""
+def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError], list[Path]]:
+    """Files by subject and kind (T1, T2, LABEL, HDF5), errors by subject or folder, and other files."""
     found: dict[str, dict[str, Path]] = {}
     bad: dict[str, InputError] = {}
-    for name, path in _named_files(directory, bad):
+    others: list[Path] = []
+    for name, path in _named_files(directory, bad, others=others):
         subject = name["subject"]
         files = found.setdefault(subject, {})
         try:
@@ -155,7 +167,7 @@ def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str,
                 raise InputError(f"{path}: subject {subject} has {other} as well; keep one of the two")
         except InputError as error:
             bad.setdefault(subject, error)
-    return found, bad
+    return found, bad, others
 
 
 def find_labels(directory: str) -> dict[str, str]:
@@ -164,7 +176,7 @@ def find_labels(directory: str) -> dict[str, str]:
     Raises:
         InputError: half of an Analyze pair is missing, a name isn't a file, or a volume has two files.
     """
-    found, bad = _find_volumes(directory)
+    found, bad, _ = _find_volumes(directory)
     for error in bad.values():
         raise error
     return {subject: str(files["LABEL"]) for subject, files in found.items() if "LABEL" in files}
@@ -227,7 +239,8 @@ class SubjectFolder:
             half of an Analyze pair is missing, a name isn't a file, a volume has two files, images are beside an HDF5
             file, or a folder can't be read.
         left_out: why scans of a BIDS dataset aren't subjects, by id; these aren't errors.
-        unused: in other folders, images that look like a subject's, see `unused_images`.
+        unused: in other folders, images that look like a subject's by their name but aren't used, with the name that
+            they should have.
         in_bids: whether the folder is a BIDS dataset.
 
     Raises:
@@ -252,8 +265,8 @@ class SubjectFolder:
                     self.left_out[subject] = reason
             self.subjects = sorted(of_bids, key=lambda subject: natural_order(subject["subject"]))
             return
-        self.unused = unused_images(folder)
-        found, self.bad = _find_volumes(folder)
+        found, self.bad, others = _find_volumes(folder)
+        self.unused = _near_misses(others, found)
         for subject_id in sorted(found.keys() - self.bad.keys(), key=natural_order):
             try:
                 self.subjects.append(_subject(subject_id, found[subject_id]))
@@ -390,7 +403,11 @@ class SubjectFolder:
         chosen: dict[str, Subject] = {}
         for name in _ids(ids) if subjects else ():
             if not (matches := self._matches(by_id, name)):
-                known = [each for each, s in by_id.items() if setting != "val_subjects" or "label" in s]
+                known = [
+                    each
+                    for each, subject in by_id.items()
+                    if ("label" in subject if setting == "val_subjects" else not subject["image"][0].endswith(".h5"))
+                ]
                 choice = f"choose from {', '.join(known)}" if known else "no subject has a label; add some"
                 default = " (the default)" if (setting, name) == ("val_subjects", DEFAULT_VAL_SUBJECT) else ""
                 raise InputError(f"{self.folder}: {setting} names subject {name}{default}, which isn't there; {choice}")

@@ -24,7 +24,7 @@ from scripts.data.checks import (
 from scripts.data.hdf5 import read_hdf5
 from scripts.data.volumes import read_t1_and_t2, read_volume, require_same_grid
 from scripts.errors import InputError
-from scripts.tissues import ISEG_AFFINE, tissue_labels
+from scripts.tissues import ISEG_AFFINE, LARGEST_ROUNDING, tissue_labels
 
 logger = logging.getLogger(__name__)
 
@@ -75,14 +75,15 @@ class LoadSubjectd(Transform):
             affine = ISEG_AFFINE.copy()
         else:
             image, affine, t1_path, t2_path = read_t1_and_t2(data["image"])
-            # splines leave rests in the air; every seventh voxel is enough, and the maximum may be an artefact
+            # splines leave residue in the air; every seventh voxel is enough, and the maximum may be an artefact
             usual = np.quantile(np.abs(image[0].ravel()[::7]), 0.995)
             image[0][np.abs(image[0]) < SMALLEST_SHARE * usual] = 0
             if "mask" in data:
                 mask, mask_affine = read_volume(data["mask"])
                 require_same_grid(data["mask"], mask, mask_affine, t1_path, image[0], affine)
                 # interpolation widens a mask; one of whole numbers may have several parts
-                image *= mask > 0 if (mask == np.rint(mask)).all() else mask >= mask.max() / 2
+                whole = (np.abs(mask - np.rint(mask)) <= LARGEST_ROUNDING).all()
+                image *= (np.rint(mask) > 0) if whole else (mask > 0) & (mask >= mask.max() / 2)
             if "label" in data:
                 values, label_affine = read_volume(data["label"])
                 require_same_grid(data["label"], values, label_affine, t1_path, image[0], affine)

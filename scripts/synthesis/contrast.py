@@ -18,7 +18,7 @@ from monai.transforms import MapTransform, RandBiasField, RandomizableTransform,
 from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter
 from scipy.stats import norm
 
-from scripts.errors import InputError
+from scripts.errors import require_share
 from scripts.tissues import Tissue
 
 
@@ -345,8 +345,7 @@ class RandSixMonthImaged(RandomizableTransform, MapTransform):
         self, keys: Hashable, label_key: Hashable = "label", prob: float = 1.0, allow_missing_keys: bool = False
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
-        if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0 <= prob <= 1:
-            raise InputError(f"--synthetic_share {prob}: must be a number from 0 to 1")
+        require_share(synthetic_share=prob)
         RandomizableTransform.__init__(self, prob)
         self.label_key = label_key
 

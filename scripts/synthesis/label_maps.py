@@ -44,13 +44,18 @@ def read_label_map(path: str | Path) -> LabelMap:
     path = Path(path)
     values, affine = read_volume(str(path))
     label = tissue_labels(values, str(path))
+    require_usable(path, label, affine)
+    image = nib.as_closest_canonical(nib.Nifti1Image(label, affine))
+    return LabelMap(label_map_name(path), np.asarray(image.dataobj), image.affine)
+
+
+def require_usable(path: Path, label: np.ndarray, affine: np.ndarray) -> None:
+    """Raise InputError if a label (X, Y, Z, 0 to 3) lacks a tissue, or its voxels aren't near 1 mm."""
     if missing := [tissue.name for tissue in Tissue if not (label == tissue).any()]:
         raise InputError(f"{path}: has no {', '.join(missing)}; give a label map of CSF, GM and WM")
     sides = nib.affines.voxel_sizes(affine)
     if sides.min() < VOXEL_SIDES[0] or sides.max() > VOXEL_SIDES[1]:
         raise InputError(f"{path}: voxels of {' x '.join(f'{side:g}' for side in sides)} mm; resample it to 1 mm")
-    image = nib.as_closest_canonical(nib.Nifti1Image(label, affine))
-    return LabelMap(label_map_name(path), np.asarray(image.dataobj), image.affine)
 
 
 def label_map_name(path: Path) -> str:
@@ -58,12 +63,13 @@ def label_map_name(path: Path) -> str:
     return path.name.removesuffix(next(suffix for suffix in SUFFIXES if path.name.endswith(suffix)))
 
 
-def find_label_maps(labels_dir: str, names: str | Sequence[str] | None = None) -> list[Path]:
+def find_label_maps(labels_dir: str, names: str | Sequence[str] | None = None, option: str = "names") -> list[Path]:
     """Return the label maps in a folder, sorted by name.
 
     Args:
         labels_dir: the folder.
         names: label maps to return, without suffix; all by default.
+        option: the setting that gives `names`, for messages.
 
     Raises:
         InputError: the folder has no label map, two with one name, or none with one of the names.
@@ -78,7 +84,7 @@ def find_label_maps(labels_dir: str, names: str | Sequence[str] | None = None) -
     wanted = [str(name) for name in ensure_tuple(names)]
     if missing := sorted(set(wanted) - set(available)):
         raise InputError(
-            f"--names {', '.join(missing)}: no such label map in {labels_dir}; it has {', '.join(available)}"
+            f"--{option} {', '.join(missing)}: no such label map in {labels_dir}; it has {', '.join(available)}"
         )
     return [path for path, name in zip(paths, available, strict=True) if name in wanted]
 

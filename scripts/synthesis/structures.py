@@ -10,8 +10,8 @@ from scipy.ndimage import distance_transform_edt, find_objects, gaussian_filter,
 
 from scripts.data.volumes import read_volume
 from scripts.errors import InputError
-from scripts.synthesis.label_maps import VOXEL_SIDES, label_map_name
-from scripts.tissues import ISEG_VALUES, Tissue
+from scripts.synthesis.label_maps import label_map_name, require_usable
+from scripts.tissues import ISEG_VALUES, LARGEST_ROUNDING, Tissue
 
 
 class Structure(NamedTuple):
@@ -41,7 +41,7 @@ STRUCTURES = {
     "hippocampus and amygdala": Structure(Tissue.GM, (17, 18, 53, 54)),
     "basal forebrain": Structure(Tissue.GM, (26, 58, 27, 59, 136, 137, 163, 164)),
     "cerebellar cortex": Structure(Tissue.GM, (8, 47), hindbrain=True),
-    "cerebral white matter": Structure(Tissue.WM, (2, 41, 25, 57, 77, 78, 79, 85, 251, 252, 253, 254, 255)),
+    "cerebral white matter": Structure(Tissue.WM, (2, 41, 25, 57, 77, 78, 79, 80, 85, 251, 252, 253, 254, 255)),
     "cerebellar white matter": Structure(Tissue.WM, (7, 46), hindbrain=True),
     "brain stem": Structure(Tissue.WM, (16,), hindbrain=True),
     "ventral diencephalon": Structure(Tissue.WM, (28, 60)),
@@ -95,12 +95,13 @@ class StructureMap:
 def _structures_and_outer(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the structures in memory and of the labels around the brain, from the labels of a file."""
     numbers = {number: NAMES.index(name) + 1 for name, structure in STRUCTURES.items() for number in structure.numbers}
+    values = np.where(np.abs(values - np.rint(values)) <= LARGEST_ROUNDING, np.rint(values), values)
     found = np.unique(values)
     tissues_only = next((known for known in (range(4), ISEG_VALUES) if {*found} <= {*known}), None)
     if tissues_only is not None:
         numbers = {tissues_only[tissue]: NAMES.index(name) + 1 for tissue, name in MAIN.items()}
     if (unknown := found[~np.isin(found, [0, *numbers, *OUTER_LABELS])]).size:
-        raise InputError(f"{path}: label value {unknown[0]:g} isn't known; give a label map with FreeSurfer's numbers")
+        raise InputError(f"{path}: label value {unknown[0]:.7g} isn't known; give a map like FreeSurfer's aseg")
     table = np.zeros(OUTER_LABELS.stop, dtype=np.uint8)
     for number, place in numbers.items():
         table[number] = place
@@ -127,11 +128,7 @@ def read_structure_map(path: str | Path) -> StructureMap:
     path = Path(path)
     values, affine = read_volume(str(path))
     structures, outer = _structures_and_outer(values, path)
-    if missing := [tissue.name for tissue in Tissue if not (TISSUE_OF[structures] == tissue).any()]:
-        raise InputError(f"{path}: has no {', '.join(missing)}; give a label map of CSF, GM and WM")
-    sides = nib.affines.voxel_sizes(affine)
-    if sides.min() < VOXEL_SIDES[0] or sides.max() > VOXEL_SIDES[1]:
-        raise InputError(f"{path}: voxels of {' x '.join(f'{side:g}' for side in sides)} mm; resample it to 1 mm")
+    require_usable(path, TISSUE_OF[structures], affine)
     image = nib.as_closest_canonical(nib.Nifti1Image(structures, affine))
     outer = nib.as_closest_canonical(nib.Nifti1Image(outer, affine)).get_fdata(dtype=np.float32).astype(np.uint8)
     structures = np.pad(np.asarray(image.dataobj), RIM)

@@ -8,7 +8,7 @@ from monai.transforms import RandomizableTransform
 from monai.utils import convert_to_dst_type
 from tqdm import tqdm
 
-from scripts.errors import InputError
+from scripts.errors import require_share
 from scripts.synthesis.infants import draw_scan, draw_shape
 from scripts.synthesis.label_maps import find_label_maps
 from scripts.synthesis.structures import read_structure_map
@@ -22,20 +22,18 @@ class RandInfantPatchd(RandomizableTransform):
 
     Args:
         labels_dir: label maps with FreeSurfer's numbers, or of three tissues, see `read_structure_map`.
-        names: label maps to use, without suffix; all by default.
-        prob: share of patches that are replaced.
+        names: label maps to use, the setting heads, without suffix; all by default.
+        prob: share of patches that are replaced, the setting infant_share.
 
     Raises:
         InputError: `prob` isn't from 0 to 1, or as `find_label_maps` and `read_structure_map`.
     """
 
     def __init__(self, labels_dir: str, names: Sequence[str] | None = None, prob: float = 1.0) -> None:
-        if isinstance(prob, bool) or not isinstance(prob, int | float) or not 0 <= prob <= 1:
-            raise InputError(f"--infant_share {prob}: must be a number from 0 to 1")
+        require_share(infant_share=prob)
         super().__init__(prob)
-        self.labels_dir = labels_dir
-        self.names = names
-        self._maps = [read_structure_map(path) for path in tqdm(find_label_maps(labels_dir, names), desc="label maps")]
+        paths = find_label_maps(labels_dir, names, option="heads")
+        self._maps = [read_structure_map(path) for path in tqdm(paths, desc="label maps")]
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)

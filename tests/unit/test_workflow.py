@@ -4,10 +4,12 @@ import sys
 import pytest
 from helpers import ROOT
 
+from scripts.data.storage import Folders
+from scripts.data.subjects import SubjectFolder
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.network import SkipDenseSeg
-from scripts.workflow import exclusive_run, require_settings, start
+from scripts.workflow import MOST_UNUSED, check, exclusive_run, require_settings, start
 
 TRAIN = str(ROOT / "configs" / "train.json")
 
@@ -70,6 +72,23 @@ def test_training_and_scoring_share_a_folder_which_is_free_when_they_end(tmp_pat
     assert not any(tmp_path.iterdir())
     with exclusive_run("training", [str(tmp_path)]):
         pass
+
+
+def test_images_that_are_not_used_are_logged_before_the_run(tmp_path, caplog):
+    data = tmp_path / "data"
+    data.mkdir()
+    for name in ("subject-1-T1", "subject-1-T2", *(f"subject_{number}_T1" for number in range(2, 15))):
+        (data / f"{name}.nii").touch()
+    folders = Folders(str(data), str(tmp_path / "out"), str(tmp_path / "out"), str(tmp_path / "cache"))
+    folder = SubjectFolder(str(data))
+    settings = {"dataset_dir": str(data), "output_dir": str(tmp_path / "out")}
+    check("segment", folder, folder.to_segment(), settings, folders)
+    assert (
+        f"{data}/subject_2_T1.nii: isn't used, since its name isn't that of a subject's file; rename it to"
+        in caplog.text
+    )
+    assert f"{data}: 3 more files like these aren't used" in caplog.text
+    assert len(caplog.messages) == MOST_UNUSED + 1
 
 
 def test_file_system_without_locks(monkeypatch, tmp_path):

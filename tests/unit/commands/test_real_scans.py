@@ -57,11 +57,11 @@ def test_scores_are_within_the_label_and_treatments_are_what_they_say(brains, tm
     save_scan(tmp_path, brains[0])
     label = brains[0]["label"]
     segmenter = Perfect(label)
-    rows = list(score_real_scans(str(tmp_path), segmenter, 0))
+    rows = list(score_real_scans(find_real_scans(str(tmp_path)), segmenter, 0))
     assert [row["treatment"] for row in rows] == list(TREATMENTS)
     whole, cut, coarse, noise = (seen for seen, _ in segmenter.seen)
     assert rows[0]["dice_mean"] == rows[1]["dice_mean"] == 1
-    assert rows[0]["share_csf"] == pytest.approx(100 * np.mean(label[label > 0] == 1))
+    assert rows[0]["share_csf"] == pytest.approx(np.mean(label[label > 0] == 1))
     assert (whole[:4, :4, :4] == 300).all()
     assert not cut[label == 0].any()
     assert np.array_equal(cut[label > 0], whole[label > 0])
@@ -83,21 +83,38 @@ def test_folder_without_labels(brains, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_folder_that_is_none(tmp_path):
+    for folder, message in ((str(tmp_path / "nowhere"), "nowhere: no such folder; give the folder"), (2024, "2024")):
+        with pytest.raises(InputError, match=message):
+            robustness(atlas_dir=folder, output_dir=str(tmp_path / "out"))
+
+
+def test_hidden_and_incomplete_scans_do_not_count(brains, tmp_path, caplog):
+    save_scan(tmp_path, brains[0])
+    for name in ("._month-03-T1.nii.gz", "other-T1.nii.gz", "other-T2.nii.gz"):
+        (tmp_path / name).write_bytes((tmp_path / "month-03-T1.nii.gz").read_bytes())
+    assert list(find_real_scans(str(tmp_path))) == ["month-03"]
+    assert "scan other has no T1, no T2 or no label; skipped" in caplog.text
+
+
 def test_two_labels_of_a_scan(brains, tmp_path):
     save_scan(tmp_path, brains[0])
     (tmp_path / "month-03-label.nii.gz").write_bytes((tmp_path / "month-03-Seg.nii.gz").read_bytes())
-    with pytest.raises(InputError, match=r"month-03-label.nii.gz: .*month-03-Seg.nii.gz is the label of the same scan"):
+    with pytest.raises(
+        InputError,
+        match=r"month-03-label.nii.gz: .*month-03-Seg.nii.gz is a label of scan month-03 too; rename or remove one",
+    ):
         find_real_scans(str(tmp_path))
 
 
 def test_label_without_a_tissue_or_on_another_grid(brains, tmp_path):
     label = brains[0]["label"]
     save_scan(tmp_path, brains[0], label=np.where(label == 3, 2, label))
-    with pytest.raises(InputError, match=r"month-03-Seg.nii.gz: has no WM; give a label with CSF, GM and WM"):
-        list(score_real_scans(str(tmp_path), Perfect(label), 0))
+    with pytest.raises(InputError, match=r"month-03-Seg.nii.gz: has no WM; give a label map of CSF, GM and WM"):
+        list(score_real_scans(find_real_scans(str(tmp_path)), Perfect(label), 0))
     save_scan(tmp_path, brains[0], label=label[1:])
     with pytest.raises(InputError, match=r"month-03-T1\.nii\.gz"):
-        list(score_real_scans(str(tmp_path), Perfect(label), 0))
+        list(score_real_scans(find_real_scans(str(tmp_path)), Perfect(label), 0))
 
 
 def test_neither_folder():

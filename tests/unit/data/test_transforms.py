@@ -45,13 +45,13 @@ def test_labels_that_are_off_by_rounding(values):
         tissue_labels(exact + 0.002 * (exact == exact.max()), "x")
 
 
-def test_exchanged_scans_and_labels_of_another_order_are_told(brains, tmp_path, caplog):
+def test_exchanged_scans_and_labels_of_another_order_are_reported(brains, tmp_path, caplog):
     brain = brains[0]
     usual = {kind: brain[kind] for kind in ("T1", "T2", "label")}
     cases = {
         "as they should be": (usual, None),
-        "exchanged": (usual | {"T1": brain["T2"], "T2": brain["T1"]}, "T1 has the bright CSF of a T2, and T2 the dark"),
-        "exchanged, scaled, no label": ({"T1": 3 * brain["T2"], "T2": brain["T1"] // 2}, "exchange the two if they"),
+        "exchanged": (usual | {"T1": brain["T2"], "T2": brain["T1"]}, "intensities of T1 look like those of a T2"),
+        "exchanged, scaled, no label": ({"T1": 3 * brain["T2"], "T2": brain["T1"] // 2}, "swap the files if they"),
         "GM, WM, CSF": (
             usual | {"label": np.array([0, 3, 1, 2], np.uint8)[brain["label"]]},
             r"darkest in T1 \(WM is\)",
@@ -72,7 +72,7 @@ def test_exchanged_scans_and_labels_of_another_order_are_told(brains, tmp_path, 
 
 
 @pytest.mark.parametrize(("kind", "count", "value"), [("T1", 20, 32767), ("T2", 30, 9000), ("T2", 10, -8000)])
-def test_extreme_voxels_are_told(brains, tmp_path, caplog, kind, count, value):
+def test_extreme_voxels_are_reported(brains, tmp_path, caplog, kind, count, value):
     brain = {kind: brains[1][kind].astype(np.int16) for kind in ("T1", "T2")}
     inside = np.argwhere(brain["T1"] > 0)
     chosen = inside[np.random.default_rng(0).choice(len(inside), count, replace=False)]
@@ -85,7 +85,7 @@ def test_extreme_voxels_are_told(brains, tmp_path, caplog, kind, count, value):
 
 
 @pytest.mark.parametrize("rest", [1e-10, -1e-10, 3e-5])
-def test_rests_of_an_interpolation_in_the_air_are_air(brains, tmp_path, rest):
+def test_residue_of_interpolation_in_the_air_is_air(brains, tmp_path, rest):
     brain = {kind: brains[0][kind].astype(np.float32) for kind in ("T1", "T2")}
     clean = LoadSubjectd()(subject_of(tmp_path / "clean", **brain))
     rng = np.random.default_rng(0)
@@ -101,6 +101,7 @@ def test_interpolated_mask_counts_from_one_half(brains, tmp_path):
     for name, mask, expected in (
         ("soft", inside, inside >= inside.max() / 2),
         ("percent", 100 * inside, inside >= inside.max() / 2),
+        ("parts and rounding", 1.000001 * np.where(inside > 0.8, 3, inside > 0.2), inside > 0.2),
         ("parts", np.where(inside > 0.8, 3, inside > 0.2).astype(np.uint8), inside > 0.2),
     ):
         data = subject_of(tmp_path / name, **brain, label=brains[0]["label"])

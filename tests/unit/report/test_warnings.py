@@ -14,6 +14,7 @@ from scripts.report.warnings import (
     SMALLEST_BRAIN,
     brain_left_unlabelled,
     few_foreground_voxels,
+    find_warnings,
     left_right_asymmetry,
     not_skull_stripped,
     other_voxel_size,
@@ -80,8 +81,23 @@ def test_warning_of_missing_t2():
 def test_warning_of_exchanged_scans(brains):
     t1, t2 = (brains[1][kind].astype(np.float32) for kind in ("T1", "T2"))
     assert exchanged(t1, t2) is None
-    assert exchanged(t2, t1).startswith("T1 has the bright CSF of a T2")
-    assert exchanged(np.ones((20, 20, 20)), np.ones((20, 20, 20))) is None  # refused elsewhere
+    assert exchanged(t2, t1).startswith("the intensities of T1 look like those of a T2")
+    assert exchanged(np.ones((30, 30, 30)), np.ones((30, 30, 30))) is None  # refused elsewhere
+    assert exchanged(1e30 * t1, 1e30 * t2) is None
+
+
+def test_warnings_of_the_scans_themselves_are_in_the_report(brains):
+    brain = {kind: brains[1][kind].astype(np.float32) for kind in ("T1", "T2", "label")}
+    volumes = {f"{name}_ml": 1.0 for name in ("csf", "gm", "wm")}
+
+    def kinds(t1: np.ndarray, t2: np.ndarray) -> set[str]:
+        found = find_warnings(t1, t2, brain["label"], volumes, np.ones(3))
+        return found.keys() & {"T1 and T2 exchanged", "extreme voxels"}
+
+    assert kinds(brain["T1"], brain["T2"]) == set()
+    assert kinds(brain["T2"], brain["T1"]) == {"T1 and T2 exchanged"}
+    brain["T2"][tuple(np.argwhere(brain["label"] == 2)[:20].T)] = 9000
+    assert "extreme voxels" in kinds(brain["T1"], brain["T2"])
 
 
 @pytest.mark.parametrize("width", [40, 41])

@@ -124,7 +124,7 @@ def test_transform_replaces_image_and_label_as_often_as_it_was_told(heads_dir):
 
 def test_transform_takes_the_maps_that_are_named(heads_dir):
     assert len(RandInfantPatchd(str(heads_dir), names=["A", "C"])._maps) == 2
-    with pytest.raises(InputError, match=r"--names D: no such label map in .*; it has A, B, C"):
+    with pytest.raises(InputError, match=r"--heads D: no such label map in .*; it has A, B, C"):
         RandInfantPatchd(str(heads_dir), names=["D"])
 
 

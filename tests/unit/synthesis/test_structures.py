@@ -60,9 +60,18 @@ def test_other_axes_give_the_same_map(heads_dir, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda values: np.where(values == 3, 99, values), "label value 99 isn't known; give a label map with Free"),
-        (lambda values: np.where(values == 3, -1, values), "label value -1 isn't known; give a label map with Free"),
-        (lambda values: np.where(values == 3, 2.5, values), "label value 2.5 isn't known; give a label map with Free"),
+        (
+            lambda values: np.where(values == 3, 99, values),
+            "label value 99 isn't known; give a map like Free",
+        ),
+        (
+            lambda values: np.where(values == 3, -1, values),
+            "label value -1 isn't known; give a map like Free",
+        ),
+        (
+            lambda values: np.where(values == 3, 2.5, values),
+            "label value 2.5 isn't known; give a map like Free",
+        ),
         (lambda values: np.where(np.isin(values, [2, 16]), 3, values), "has no WM; give a label map of CSF, GM and WM"),
         (lambda values: np.zeros_like(values), "has no CSF, GM, WM; give a label map of CSF, GM and WM"),
     ],
