@@ -78,7 +78,8 @@ lint: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff format --check .
 
 # the weights that the bundle includes, in two trainings, from LABEL_MAPS and HEADS, folders of 14 label maps each, see
-# docs/README.md; maps 1 to 11 train and 12 chooses the epoch; then how they do on 13 and 14, which stay unseen
+# docs/README.md; maps 1 to 11 train the first, and 12 chooses its epoch; 1 to 4 and 6 to 10 train the second, whose last
+# epoch is taken; then how they do on 13 and 14, which stay unseen
 # the first is for a GPU: without one it takes about a day; RESUME=True resumes the one that was stopped
 LABEL_MAPS ?= data/label-maps
 HEADS ?= data/heads
