@@ -31,7 +31,7 @@ def mix_weights(first: str, second: str, share: float, output: str) -> None:
             raise InputError(f"{path}: no such checkpoint; train first, or name another")
         states.append(unwrapped(read_checkpoint(path)))
     one, other = ({name: getattr(tensor, "shape", None) for name, tensor in state.items()} for state in states)
-    if one != other or not one:
+    if one != other or not one or None in one.values():
         raise InputError(f"{second}: has other tensors than {first}; give two checkpoints of one network")
     mixed = {
         name: torch.lerp(states[0][name].double(), tensor.double(), share).to(tensor.dtype)

@@ -117,8 +117,7 @@ def robustness(
 
     Raises:
         InputError: neither folder is given, or as `find_label_maps`, `read_label_map`, `find_real_scans`,
-            `score_real_scans` and
-            `Segmenter`.
+            `score_real_scans` and `Segmenter`.
     """
     require_whole_numbers(0, seed=seed)
     if labels_dir is None and atlas_dir is None:

@@ -19,11 +19,11 @@ LARGEST_BRAIN = 2000
 LARGEST_SHARE_WITHOUT_T2 = 0.25
 # largest share of a label outside the brain; a fifth of it gives a warning
 LARGEST_SHARE_OUTSIDE = 0.25
-# CSF is a tail of dark voxels in T1 and of bright ones in T2, so T1 is skewed to the left of T2: by 0.3 and more on
-# synthetic scans, by 0.07 and more on averages of infants' scans
+# CSF is a tail of dark voxels in T1 and of bright ones in T2, so T1 is skewed to the left of T2: by 0.4 and more on
+# twelve synthetic scans, by 0.07 and 0.29 on two averages of infants' scans
 LARGEST_SKEW_OF_T1 = 0.1
-# voxels at either end that may be artefacts, and by how much they may widen the spread: by 1 to 5 % on synthetic scans
-# and averages of infants' scans
+# voxels at either end that may be artefacts, and by how much they may widen the spread: by at most 1 % on twelve
+# synthetic scans and two averages of infants' scans
 EXTREME_SHARE = 0.001
 LARGEST_GROWTH_OF_SPREAD = 1.15
 

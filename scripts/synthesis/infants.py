@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from torch.nn.functional import affine_grid, grid_sample
 
 from scripts.synthesis.fields import blurred, smooth_field, with_thick_slices
-from scripts.synthesis.structures import IN_HINDBRAIN, NAMES, OUTER_LABELS, TISSUE_OF, StructureMap
+from scripts.synthesis.structures import IN_HINDBRAIN, NAMES, OUTER_LABELS, PERCENT, TISSUE_OF, StructureMap
 from scripts.tissues import Tissue
 
 # ml of the whole brain, from birth to two years; about 790 at 3 months and 1,040 at 9
@@ -21,7 +21,6 @@ VOLUME = (550, 1200)
 # of CSF in the brain, and of WM in GM and WM; at 6 months 0.22 and 0.40
 CSF_SHARE = (0.13, 0.31)
 WM_OF_TISSUE = (0.34, 0.52)
-PERCENT = np.linspace(0, 1, 101)
 CORTEX, WHITE = (NAMES.index(name) + 1 for name in ("cortex", "cerebral white matter"))
 
 

@@ -54,6 +54,8 @@ IN_HINDBRAIN = np.array([False, *(structure.hindbrain for structure in STRUCTURE
 MAIN = {Tissue.CSF: "CSF around the brain", Tissue.GM: "cortex", Tissue.WM: "cerebral white matter"}
 # from here on, labels are of the head around the brain: air, bone, skin and so on
 OUTER_LABELS = range(500, 532)
+# of the quantiles of a map
+PERCENT = np.linspace(0, 1, 101)
 # mm around the brain that are kept
 RIM = 10
 # mm from the brain's tissue to the CSF around it that is kept; beyond it is the spinal canal
@@ -151,13 +153,12 @@ def read_structure_map(path: str | Path) -> StructureMap:
     boundaries = np.stack(
         [gaussian_filter(each, 0.4) for each in (white, _signed(tissue > Tissue.CSF), _signed(tissue > 0))]
     )
-    percent = np.linspace(0, 1, 101)
     return StructureMap(
         name=label_map_name(path),
         boundaries=boundaries.astype(np.float16),
         nearest=np.stack(nearest),
         outer=outer,
         sizes=np.bincount(structures[structures > 0], minlength=len(STRUCTURES) + 1),
-        tissue_quantiles=np.quantile(boundaries[1, tissue > 0], percent),
-        white_quantiles=np.quantile(boundaries[0, tissue > Tissue.CSF], percent),
+        tissue_quantiles=np.quantile(boundaries[1, tissue > 0], PERCENT),
+        white_quantiles=np.quantile(boundaries[0, tissue > Tissue.CSF], PERCENT),
     )

@@ -35,8 +35,12 @@ def test_what_can_not_be_mixed(checkpoints, tmp_path):
     output = tmp_path / "mixed.pt"
     other = str(tmp_path / "other.pt")
     torch.save(SkipDenseSeg(growth_rate=8).state_dict(), other)
+    texts = [str(tmp_path / f"text-{number}.pt") for number in range(2)]
+    for path in texts:
+        torch.save({"name": "no tensor"}, path)
     for arguments, message in (
         ((checkpoints[0], other, 0.5), "other.pt: has other tensors than .*first.pt; give two checkpoints"),
+        ((*texts, 0.5), "text-1.pt: has other tensors than .*text-0.pt; give two checkpoints"),
         ((checkpoints[0], str(tmp_path / "no.pt"), 0.5), "no.pt: no such checkpoint"),
         ((*checkpoints, 1.5), "--share 1.5: must be a number from 0 to 1"),
     ):
