@@ -41,7 +41,7 @@ class Checkpoints:
         parts: other objects with a state, see `ResumableTraining`.
 
     Raises:
-        InputError: as `ResumableTraining` and `StepWeightsSaver`.
+        InputError: as `DivergenceStopper`, `ResumableTraining` and `StepWeightsSaver`.
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Checkpoints:
         self.validator = validator
         self.best = BestWeightsSaver(best, network)
         self.handlers = [
+            DivergenceStopper(network),
             EarlierWeightsKeeper(best),
             *([] if resume else [EarlierWeightsKeeper(last)]),
             ResumableTraining(last, resume, seed, settings, best, validator, network, **parts),
@@ -73,6 +74,31 @@ class Checkpoints:
         self.best.attach(self.validator)
         for handler in self.handlers:
             handler.attach(engine)
+
+
+class DivergenceStopper:
+    """Handler of a trainer that stops after an epoch with NaN or infinite weights, before they are validated or written.
+
+    Args:
+        network: the network to train.
+
+    Raises:
+        InputError: a weight isn't finite.
+    """
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        self.network = network
+
+    def attach(self, engine: Engine) -> None:
+        last_of_epoch = Events.ITERATION_COMPLETED(lambda engine, step: step % engine.state.epoch_length == 0)
+        engine.add_event_handler(last_of_epoch, self.stop)
+
+    def stop(self, engine: Engine) -> None:
+        if not all(weights.isfinite().all() for weights in self.network.parameters()):
+            raise InputError(
+                f"epoch {engine.state.epoch}: the training diverged, weights are NaN or infinite; give a lower "
+                f"--learning_rate, or --precision fp32; checkpoints of earlier epochs are as they were"
+            )
 
 
 class BestWeightsSaver:

@@ -66,6 +66,12 @@ def segmented(commands, scans, tmp_path_factory) -> SimpleNamespace:
     return undisturbed(commands, segmenting(scans, output), output)
 
 
+def test_training_that_diverges_writes_no_network(commands, scans, tmp_path):
+    result = commands.run(training(scans, tmp_path, "--learning_rate", "1e30", "--precision", "fp32"))
+    assert_one_line(result, "epoch 1:", "diverged", "--learning_rate")
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def names(output: Path) -> set[str]:
     """What a folder holds, hidden or not, but for logs that grow and copies of former checkpoints."""
     return {path.name for path in output.iterdir() if not re.match(r"events\.out|(model|last)-", path.name)}
