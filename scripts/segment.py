@@ -14,12 +14,15 @@ from monai.data import MetaTensor
 from nibabel.spatialimages import SpatialImage
 from numpy.typing import ArrayLike
 
+from scripts.data.volumes import CONTRASTS
 from scripts.errors import InputError, input_error_in, require_whole_numbers
 from scripts.files import ROOT
 from scripts.inference.averaging import CheckpointLoader
 from scripts.machine import require_device
 from scripts.results.metrics import tissue_volumes
 from scripts.settings import unknown_setting
+
+Source = str | os.PathLike[str] | SpatialImage | ArrayLike
 
 # settings of configs/inference.json that define how a subject is segmented; the others are about the command's files
 SETTINGS = {
@@ -52,7 +55,7 @@ def _bare_input_errors() -> Iterator[None]:
 
 @dataclass(frozen=True, eq=False)
 class Segmentation:
-    """The segmentation of a subject, on the grid of its T1.
+    """The segmentation of a subject, on the grid of its T1, or of its T2 if it has no T1.
 
     Attributes:
         label: uint8 (X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, with the axes of the T1; 0 where T1 is 0.
@@ -104,12 +107,17 @@ class Segmenter:
 
     def __call__(
         self,
-        t1: str | os.PathLike[str] | SpatialImage | ArrayLike,
-        t2: str | os.PathLike[str] | SpatialImage | ArrayLike,
+        t1: Source | None,
+        t2: Source | None,
         affine: ArrayLike | None = None,
     ) -> Segmentation:
         """Segment a subject; see `segment`."""
-        volumes = [_volume(volume, affine, name) for volume, name in ((t1, "T1"), (t2, "T2"))]
+        if t1 is None and t2 is None:
+            raise InputError("T1 and T2 are None; give at least one of them")
+        volumes = [
+            None if volume is None else _volume(volume, affine, name)
+            for volume, name in zip((t1, t2), CONTRASTS, strict=True)
+        ]
         with _bare_input_errors():
             subject = self.preprocessing({"image": volumes})
             with torch.no_grad():
@@ -129,8 +137,8 @@ class Segmenter:
 
 
 def segment(
-    t1: str | os.PathLike[str] | SpatialImage | ArrayLike,
-    t2: str | os.PathLike[str] | SpatialImage | ArrayLike,
+    t1: Source | None,
+    t2: Source | None,
     affine: ArrayLike | None = None,
     **settings: Any,
 ) -> Segmentation:
@@ -140,20 +148,18 @@ def segment(
 
     Args:
         t1, t2: skull-stripped (0 outside the brain), on one grid: paths (`.hdr`, `.nii`, `.nii.gz`), nibabel images, or
-            arrays (X, Y, Z).
+            arrays (X, Y, Z). One may be None: the other is then segmented alone, and the result is on its grid.
         affine: for arrays only: 4 x 4, from voxels to RAS mm, with orientation and voxel size.
         settings: see `Segmenter`.
 
     Raises:
-        InputError: an array has no affine, or a file or image is given one; or as `Segmenter`,
+        InputError: both are None, an array has no affine, or a file or image is given one; or as `Segmenter`,
             `scripts.data.transforms.LoadSubjectd` and `NormalizeByT1Maskd`.
     """
     return Segmenter(**settings)(t1, t2, affine)
 
 
-def _volume(
-    volume: str | os.PathLike[str] | SpatialImage | ArrayLike, affine: ArrayLike | None, name: str
-) -> str | SpatialImage:
+def _volume(volume: Source, affine: ArrayLike | None, name: str) -> str | SpatialImage:
     """A volume for `scripts.data.transforms.LoadSubjectd`; `name` is its name in messages if it has no path."""
     in_memory = not isinstance(volume, str | os.PathLike)
     if in_memory and not isinstance(volume, SpatialImage):

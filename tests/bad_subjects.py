@@ -326,7 +326,7 @@ WRONG_VOXELS = r"mm isn't that of a brain scan; correct its header or convert it
 NOT_SQUARE = r"its affine is sheared, far from right angles; resample it to a grid without shear$"
 CONSTANT = r"of this subject is constant inside the brain; give the scan itself, not a mask$"
 UNKNOWN_LABEL = r"isn't known; use \(0, 10, 150, 250\) or 0, 1, 2, 3 for background, CSF, GM, WM$"
-OUTSIDE = r"-label.nii.gz: \d+% of the label lies outside the brain of T1; check that the two belong together$"
+OUTSIDE = r"-label.nii.gz: \d+% of the label lies outside the brain of the scan; check that the two belong together$"
 HUGE = (DIM, "8h", (3, 32767, 32767, 32767, 1, 1, 1, 1))
 
 FILES = [
@@ -345,8 +345,16 @@ FILES = [
     Case("text", damaged("T1", text, ".nii"), f"-T1.nii: {CANT_READ}"),
     Case("text-as-header", damaged("T2", text, ".hdr"), f"-T2.hdr: {CANT_READ}"),
     Case("both-hdr-and-nii-gz", twice, r"subject both-hdr-and-nii-gz has .* as well; keep one of the two$"),
-    Case("no-t2", damaged("T2", Path.unlink), "has no T2; put subject-no-t2-T2 beside it$"),
-    Case("no-t1", damaged("T1", Path.unlink), "has no T1; put subject-no-t1-T1 beside it$"),
+    Case(
+        "no-t2",
+        damaged("T2", Path.unlink),
+        "has no T2; put subject-no-t2-T2 beside it, or use what is there by --contrasts any$",
+    ),
+    Case(
+        "no-t1",
+        damaged("T1", Path.unlink),
+        "has no T1; put subject-no-t1-T1 beside it, or use what is there by --contrasts any$",
+    ),
     Case("t1-given-twice", with_values(t2=T1), r"T1 and T2 of this subject are the same scan; give the T2 itself$"),
     Case("no-img", damaged("T1", Path.unlink, ".hdr", ".img"), r"its image .*-T1.img is missing; copy both"),
     Case("no-hdr", damaged("T2", Path.unlink, ".hdr"), r"its header .*-T2.hdr is missing; copy both"),

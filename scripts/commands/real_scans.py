@@ -1,4 +1,4 @@
-"""Dice on real scans with labels, as they are, cut to the labelled part, at 1 mm, and with noise."""
+"""Dice on real scans with labels, as they are, cut to the labelled part, at 1 mm, with noise, and by one contrast."""
 
 import logging
 import re
@@ -15,7 +15,7 @@ from monai.transforms import Spacing
 from tqdm import tqdm
 
 from scripts.commands.shared import TITLES
-from scripts.data.volumes import read_volume, require_same_grid
+from scripts.data.volumes import CONTRASTS, read_volume, require_same_grid
 from scripts.errors import InputError, require_path
 from scripts.files import is_hidden
 from scripts.results.metrics import tissue_scores
@@ -36,11 +36,13 @@ class Treatment:
         cut: whether T1 and T2 are set to 0 outside the label, as in iSeg's scans.
         voxel: side in mm of the voxels to which the scan is resampled; 0 keeps the grid.
         noise: standard deviation of added noise, in those of the grey matter.
+        contrasts: the scans that the segmenter gets.
     """
 
     cut: bool = False
     voxel: float = 0.0
     noise: float = 0.0
+    contrasts: tuple[str, ...] = CONTRASTS
 
 
 TREATMENTS = {
@@ -48,6 +50,8 @@ TREATMENTS = {
     "cut to the label": Treatment(cut=True),
     "cut, 1 mm": Treatment(cut=True, voxel=1.0),
     "cut, noise": Treatment(cut=True, noise=0.7),
+    "cut, T1 alone": Treatment(cut=True, contrasts=("T1",)),
+    "cut, T2 alone": Treatment(cut=True, contrasts=("T2",)),
 }
 
 
@@ -137,7 +141,10 @@ def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter,
             for name, treatment in TREATMENTS.items():
                 images = _treated(volumes, affine, treatment, np.random.default_rng([seed, *scan.encode()]))
                 t1, t2 = (
-                    nib.Nifti1Image(images[kind][0].numpy(), images[kind].affine.numpy()) for kind in ("t1", "t2")
+                    nib.Nifti1Image(images[name.lower()][0].numpy(), images[name.lower()].affine.numpy())
+                    if name in treatment.contrasts
+                    else None
+                    for name in CONTRASTS
                 )
                 label = images["label"].as_tensor().to(torch.uint8)
                 prediction = torch.from_numpy(segmenter(t1, t2).label)[None] * (label > 0)

@@ -13,6 +13,7 @@ from typing import Any, TypedDict
 
 from typing_extensions import NotRequired
 
+from scripts.data.volumes import CONTRASTS
 from scripts.errors import InputError
 
 FILE_NAME = re.compile(
@@ -33,7 +34,7 @@ class BidsSubject(TypedDict):
     """
 
     subject: str
-    image: list[str]
+    image: list[str | None]
     anat: str
     mask: NotRequired[str]
 
@@ -70,13 +71,16 @@ class _Scan:
         return "_".join(part for part in self.name.split("_") if not part.startswith("desc-"))
 
 
-def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, str | InputError]]:
+def find_bids_subjects(
+    dataset_dir: str, contrasts: str = "both"
+) -> tuple[list[BidsSubject], dict[str, str | InputError]]:
     """Return all subjects in the `anat` folders of a BIDS dataset, raw or derivative.
 
     Other folders, such as `derivatives`, `sourcedata` and `code`, and files with other names are skipped.
 
     Args:
         dataset_dir: the folder of the dataset, which needn't exist.
+        contrasts: see `scripts.data.subjects.SubjectFolder`.
 
     Returns:
         The subjects, and by id the reasons why others with a T1w or T2w are left out. A reason is an InputError if a
@@ -100,18 +104,23 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
         except InputError as error:
             left_out[session] = error
             continue
+        if contrasts in CONTRASTS:
+            scans = [scan for scan in scans if scan.suffix in (f"{contrasts}w", "mask")]
         masks = [scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"]
         t1s, t2s = (_best_versions([scan for scan in scans if scan.suffix == suffix]) for suffix in ("T1w", "T2w"))
-        if t2s and not t1s:
-            left_out[session] = "has no T1w"
-        for t1 in t1s:
-            t2, own_masks = _partner(t1, t1s, t2s), _masks_of(t1, masks)
-            if reason := _reason_to_leave_out(t1, t2, own_masks, (*t1s, *t2s)):
-                left_out[t1.subject] = reason
+        alone = contrasts != "both" and not (t1s and t2s)
+        if t2s and not t1s and not alone:
+            left_out[session] = "has no T1w; --contrasts any segments its T2w alone"
+            continue
+        for first in t1s or t2s:
+            second, own_masks = None if alone else _partner(first, t1s, t2s), _masks_of(first, masks)
+            if reason := _reason_to_leave_out(first, second, own_masks, (*t1s, *t2s), alone):
+                left_out[first.subject] = reason
                 continue
+            pair = {scan.suffix: str(scan.path) for scan in (first, second) if scan}
             subject: BidsSubject = {
-                "subject": t1.subject,
-                "image": [str(t1.path), str(t2.path)],
+                "subject": first.subject,
+                "image": [pair.get(f"{name}w") for name in CONTRASTS],
                 "anat": anat.relative_to(root).as_posix(),
             }
             if own_masks:
@@ -121,16 +130,19 @@ def find_bids_subjects(dataset_dir: str) -> tuple[list[BidsSubject], dict[str, s
 
 
 def _reason_to_leave_out(
-    t1: _Scan, t2: _Scan | None, masks: Collection[_Scan], scans: Collection[_Scan]
+    t1: _Scan, t2: _Scan | None, masks: Collection[_Scan], scans: Collection[_Scan], alone: bool
 ) -> str | InputError | None:
-    """Why a T1w with its T2w and masks isn't a subject; `scans` are all T1w and T2w of the session."""
+    """Why a T1w with its T2w and masks isn't a subject.
+
+    `scans` are all T1w and T2w of the session. If `alone`, a T1w or T2w is a subject by itself.
+    """
     try:
         unstripped = not masks and any(_marked_unstripped(scan.path) for scan in (t1, t2) if scan)
     except InputError as error:
         return error
-    if t2 is None and all(scan.suffix == "T1w" for scan in scans):
-        return "has no T2w"
-    if t2 is None:
+    if t2 is None and not alone and all(scan.suffix == "T1w" for scan in scans):
+        return "has no T2w; --contrasts any segments its T1w alone"
+    if t2 is None and not alone:
         names = ", ".join(scan.path.name for scan in scans)
         return f"has no T2w that is clearly its own in {names}; name the two alike"
     if len(masks) > 1:
@@ -138,7 +150,7 @@ def _reason_to_leave_out(
             f"has {' and '.join(scan.path.name for scan in masks)}; keep the one on the grid of {t1.path.name}, or "
             "name it like that scan: with its space-, or without one"
         )
-    if not masks and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
+    if t2 and not masks and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
         return (
             f"has only one of {t1.path.name} and {t2.path.name} as desc-brain; strip both scans, or put a mask beside "
             "them, named like the T1w but desc-brain_mask"

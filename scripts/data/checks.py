@@ -1,7 +1,7 @@
 """Checks that T1, T2 and label of a subject are plausible and belong together."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Mapping
 
 import numpy as np
 from scipy.stats import skew
@@ -50,40 +50,42 @@ def require_found_brain(t1: np.ndarray, label: np.ndarray, path: str) -> None:
 
 
 def require_label_of_brain(label: np.ndarray, t1: np.ndarray, path: str) -> None:
-    """Raise InputError if much of a label (X, Y, Z) is outside the brain of T1; warn of a smaller share."""
+    """Raise InputError if much of a label (X, Y, Z) is outside the brain; warn of a smaller share."""
     outside = np.count_nonzero(label[t1 <= 0]) / max(1, np.count_nonzero(label))
-    message = f"{path}: {outside:.0%} of the label lies outside the brain of T1; check that the two belong together"
+    message = (
+        f"{path}: {outside:.0%} of the label lies outside the brain of the scan; check that the two belong together"
+    )
     if outside > LARGEST_SHARE_OUTSIDE:
         raise InputError(message)
     if outside > LARGEST_SHARE_OUTSIDE / 5:
         logger.warning(message)
 
 
-def require_brain_only(t1: np.ndarray, affine: np.ndarray, path: str) -> None:
-    """Refuse a T1 (X, Y, Z) that isn't skull-stripped.
+def require_brain_only(scan: np.ndarray, affine: np.ndarray, path: str, name: str = "T1") -> None:
+    """Refuse a scan (X, Y, Z), called T1 or T2, that isn't skull-stripped.
 
     Raises:
         InputError: it is above 0 nowhere, everywhere or in a whole head, or below 0 in many voxels.
     """
-    brain = np.count_nonzero(t1 > 0)
+    brain = np.count_nonzero(scan > 0)
     if not brain:
-        raise InputError(f"{path}: T1 is nowhere above 0, so it has no brain; give a skull-stripped T1")
+        raise InputError(f"{path}: {name} is nowhere above 0, so it has no brain; give a skull-stripped {name}")
     volume = brain * abs(np.linalg.det(affine[:3, :3])) / 1000
     if volume > LARGEST_BRAIN:
         raise InputError(
-            f"{path}: T1 is above 0 in {volume:,.0f} ml, more than any brain has; give a skull-stripped T1, which is 0 "
-            f"outside the brain"
+            f"{path}: {name} is above 0 in {volume:,.0f} ml, more than any brain has; give a skull-stripped {name}, "
+            f"which is 0 outside the brain"
         )
-    if brain == t1.size:
+    if brain == scan.size:
         raise InputError(
-            f"{path}: T1 is above 0 everywhere, so the brain can't be told from its background; give a skull-stripped "
-            f"T1, which is 0 outside the brain"
+            f"{path}: {name} is above 0 everywhere, so the brain can't be told from its background; give a "
+            f"skull-stripped {name}, which is 0 outside the brain"
         )
-    below = np.count_nonzero(t1 < 0)
+    below = np.count_nonzero(scan < 0)
     if below > LARGEST_NEGATIVE_SHARE * brain:
         raise InputError(
-            f"{path}: T1 is below 0 in {below:,} voxels and above it in {brain:,}, so it doesn't show the brain; give "
-            f"a skull-stripped T1, which is above 0 in the brain and 0 outside"
+            f"{path}: {name} is below 0 in {below:,} voxels and above it in {brain:,}, so it doesn't show the brain; "
+            f"give a skull-stripped {name}, which is above 0 in the brain and 0 outside"
         )
 
 
@@ -102,9 +104,9 @@ def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, path: str) -> None:
         )
 
 
-def require_contrast(spreads: Iterable[float], t1_path: str) -> None:
-    """Raise InputError if T1 or T2 is constant inside the brain: its spread isn't above 0, or is NaN."""
-    for name, spread in zip(("T1", "T2"), spreads, strict=True):
+def require_contrast(spreads: Mapping[str, float], t1_path: str) -> None:
+    """Raise InputError if T1 or T2, by name, is constant inside the brain: its spread isn't above 0, or is NaN."""
+    for name, spread in spreads.items():
         if not spread > 0:
             raise InputError(
                 f"{t1_path}: the {name} of this subject is constant inside the brain; give the scan itself, not a mask"
@@ -130,14 +132,14 @@ def exchanged(t1: np.ndarray, t2: np.ndarray) -> str | None:
     return "the intensities of T1 look like those of a T2, and the reverse; swap the files if they were mixed up"
 
 
-def extreme_voxels(t1: np.ndarray, t2: np.ndarray) -> str | None:
+def extreme_voxels(scans: Mapping[str, np.ndarray]) -> str | None:
     """Return a warning if a few voxels of T1 or T2 greatly widen its spread in the brain, by which it is normalised.
 
     Args:
-        t1, t2: (X, Y, Z); T1 is above 0 only in the brain.
+        scans: T1, T2 or both, by name, (X, Y, Z); the first is above 0 only in the brain.
     """
-    brain = t1 > 0
-    for name, values in (("T1", t1[brain]), ("T2", t2[brain])):
+    brain = next(iter(scans.values())) > 0
+    for name, values in ((name, scan[brain]) for name, scan in scans.items()):
         low, high = np.quantile(values, (EXTREME_SHARE, 1 - EXTREME_SHARE))
         extreme = (values < low) | (values > high)
         if len(values) >= FEWEST_VOXELS and values.std() > LARGEST_GROWTH_OF_SPREAD * values[~extreme].std():

@@ -1,6 +1,7 @@
 """Which files make up a subject, and which subjects are for training, validation and segmentation.
 
-A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path]) and, if it has one, `label` (a path).
+A subject is a dict: `subject` (its id, a string), `image` ([T1 path, T2 path], of which one may be None if the setting
+contrasts allows it) and, if it has one, `label` (a path).
 For a subject in HDF5 in the published layout, all three paths are that of the file. Subjects of a BIDS dataset have no
 label but more keys, see `scripts.data.bids.BidsSubject`.
 """
@@ -18,6 +19,7 @@ from monai.utils import ensure_tuple
 from typing_extensions import NotRequired
 
 from scripts.data import bids
+from scripts.data.volumes import CONTRASTS
 from scripts.errors import InputError, require_path
 from scripts.files import is_hidden
 
@@ -47,7 +49,7 @@ class Subject(TypedDict):
     """The files of a subject; see the docstring of this module."""
 
     subject: str
-    image: list[str]
+    image: list[str | None]
     label: NotRequired[str]
     anat: NotRequired[str]
     mask: NotRequired[str]
@@ -55,6 +57,9 @@ class Subject(TypedDict):
 
 # of train.json, by the convention of iSeg-2017; for a message
 DEFAULT_VAL_SUBJECT = "9"
+
+# values of the setting contrasts
+CHOICES_OF_CONTRASTS = ("both", "any", *CONTRASTS)
 
 Ids = int | str | Collection[int | str]
 
@@ -187,26 +192,44 @@ def _without_kind_words(folder: PurePath) -> list[str]:
     return [name for part in folder.parts if (name := KIND_WORDS.sub("", part))]
 
 
-def _subject(subject_id: str, files: dict[str, Path]) -> Subject:
+def first_image(subject: Subject) -> str:
+    """Return the path of a subject's T1, or of its T2 if it has no T1."""
+    return next(path for path in subject["image"] if path)
+
+
+def _is_hdf5(subject: Subject) -> bool:
+    return first_image(subject).endswith(".h5")
+
+
+def _subject(subject_id: str, files: dict[str, Path], contrasts: str) -> Subject:
     """Make a subject of its files by kind; raise InputError if a file is missing or redundant."""
     if hdf5 := files.pop("HDF5", None):
+        if contrasts in CONTRASTS:
+            raise InputError(f"{hdf5}: holds T1 and T2 as one; for --contrasts {contrasts} give the images")
         for other in files.values():
             raise InputError(f"{hdf5}: subject {subject_id} has {other} as well; keep the HDF5 file or the images")
         return {"subject": subject_id, "image": [str(hdf5), str(hdf5)], "label": str(hdf5)}
-    for modality in ("T1", "T2"):
-        if modality not in files:
-            raise InputError(
-                f"{next(iter(files.values()))}: subject {subject_id} has no {modality}; "
-                f"put subject-{subject_id}-{modality} beside it"
-            )
+    wanted = [contrasts] if contrasts in CONTRASTS else CONTRASTS
+    present = [name for name in wanted if name in files]
+    if not present or (contrasts == "both" and len(present) < len(wanted)):
+        missing = next(name for name in wanted if name not in files)
+        way_out = ", or use what is there by --contrasts any" if contrasts == "both" and present else ""
+        raise InputError(
+            f"{next(iter(files.values()))}: subject {subject_id} has no {missing}; "
+            f"put subject-{subject_id}-{missing} beside it{way_out}"
+        )
+    first = files[present[0]]
     for kind, path in files.items():
-        if _without_kind_words(path.parent) != _without_kind_words(files["T1"].parent):
+        if kind in (*present, "LABEL") and _without_kind_words(path.parent) != _without_kind_words(first.parent):
             risk = "a segmentation" if kind == "LABEL" else "another child's"
             raise InputError(
-                f"{path}: lies elsewhere than {files['T1']}, and may be {risk}; put T1, T2 and label of a subject "
+                f"{path}: lies elsewhere than {first}, and may be {risk}; put T1, T2 and label of a subject "
                 f"into one folder, or into T1/, T2/ and label/ in it, and give each subject a unique id"
             )
-    subject: Subject = {"subject": subject_id, "image": [str(files["T1"]), str(files["T2"])]}
+    subject: Subject = {
+        "subject": subject_id,
+        "image": [str(files[name]) if name in present else None for name in CONTRASTS],
+    }
     if "LABEL" in files:
         subject["label"] = str(files["LABEL"])
     return subject
@@ -232,6 +255,8 @@ class SubjectFolder:
 
     Args:
         folder: the folder to scan.
+        contrasts: which scans a subject needs: `both`; `any`, so one suffices; or `T1` or `T2`, and the other is left
+            out.
 
     Attributes:
         subjects: usable subjects, by ascending id.
@@ -244,16 +269,18 @@ class SubjectFolder:
         in_bids: whether the folder is a BIDS dataset.
 
     Raises:
-        InputError: the folder mixes both layouts.
+        InputError: the folder mixes both layouts, or `contrasts` is something else.
     """
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, contrasts: str = "both") -> None:
+        if contrasts not in CHOICES_OF_CONTRASTS:
+            raise InputError(f"--contrasts {contrasts}: must be one of {', '.join(CHOICES_OF_CONTRASTS)}")
         self.folder = folder
         self.subjects: list[Subject] = []
         self.bad: dict[str, InputError] = {}
         self.left_out: dict[str, str] = {}
         self.unused: dict[str, str] = {}
-        of_bids, reasons = bids.find_bids_subjects(folder)
+        of_bids, reasons = bids.find_bids_subjects(folder, contrasts)
         self.in_bids = bool(of_bids or reasons)
         if self.in_bids:
             for _, path in _named_files(folder, {}, excluded=("derivatives", "sourcedata", "code")):
@@ -269,7 +296,7 @@ class SubjectFolder:
         self.unused = _near_misses(others, found)
         for subject_id in sorted(found.keys() - self.bad.keys(), key=natural_order):
             try:
-                self.subjects.append(_subject(subject_id, found[subject_id]))
+                self.subjects.append(_subject(subject_id, found[subject_id], contrasts))
             except InputError as error:
                 self.bad[subject_id] = error
 
@@ -298,7 +325,7 @@ class SubjectFolder:
         for subject in chosen:
             if "label" not in subject:
                 raise InputError(
-                    f"{subject['image'][0]}: val_subjects names subject {subject['subject']}, which has no label; "
+                    f"{first_image(subject)}: val_subjects names subject {subject['subject']}, which has no label; "
                     f"add subject-{subject['subject']}-label or choose another"
                 )
         return chosen
@@ -329,9 +356,9 @@ class SubjectFolder:
                 raise InputError(f"{self.folder}: subjects names {name}, but {subject} {left_out[subject]}")
         chosen = self._pick(self.subjects, names, "subjects")
         for subject in chosen:
-            if subject["image"][0].endswith(".h5"):
+            if _is_hdf5(subject):
                 raise InputError(
-                    f"{subject['image'][0]}: lacks the scan and its grid, so subject {subject['subject']} can't be "
+                    f"{first_image(subject)}: lacks the scan and its grid, so subject {subject['subject']} can't be "
                     f"segmented; give its T1 and T2 images"
                 )
         return [{key: value for key, value in subject.items() if key != "label"} for subject in chosen]
@@ -360,7 +387,7 @@ class SubjectFolder:
                 raise InputError(f"{self.folder}: no subject of this BIDS dataset is complete; {subject} {reason}")
             raise InputError(f"{self.folder}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
         labeled = sum("label" in subject for subject in self.subjects)
-        images = [subject["subject"] for subject in self.subjects if not subject["image"][0].endswith(".h5")]
+        images = [subject["subject"] for subject in self.subjects if not _is_hdf5(subject)]
         remedy = {
             "train": "training uses labelled subjects that val_subjects doesn't name; add some or name fewer",
             "validate": "val_subjects names none; name at least one labelled subject",
@@ -406,7 +433,7 @@ class SubjectFolder:
                 known = [
                     each
                     for each, subject in by_id.items()
-                    if ("label" in subject if setting == "val_subjects" else not subject["image"][0].endswith(".h5"))
+                    if ("label" in subject if setting == "val_subjects" else not _is_hdf5(subject))
                 ]
                 choice = f"choose from {', '.join(known)}" if known else "no subject has a label; add some"
                 default = " (the default)" if (setting, name) == ("val_subjects", DEFAULT_VAL_SUBJECT) else ""

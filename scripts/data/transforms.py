@@ -22,7 +22,7 @@ from scripts.data.checks import (
     unlike_its_tissues,
 )
 from scripts.data.hdf5 import read_hdf5
-from scripts.data.volumes import read_t1_and_t2, read_volume, require_same_grid
+from scripts.data.volumes import CONTRASTS, contrasts_of, read_t1_and_t2, read_volume, require_same_grid
 from scripts.errors import InputError
 from scripts.tissues import ISEG_AFFINE, LARGEST_ROUNDING, tissue_labels
 
@@ -46,13 +46,16 @@ class LoadSubjectd(Transform):
     """Load the T1, T2 and label of a subject and check that they belong together.
 
     The input is a dict with `image` (see `read_t1_and_t2`) and optionally `label` and `mask` (paths). A subject in
-    HDF5 has the path of its `.h5` file twice in `image`, and in `label`. T1 and T2 are set to 0 outside `mask`: where
+    HDF5 has the path of its `.h5` file twice in `image`, and in `label`. A subject of one contrast has None in the
+    place of the other. T1 and T2 are set to 0 outside `mask`: where
     it isn't above 0 or, if it is interpolated, is below half of its maximum. The result is a copy, on the grid of the
     T1 file and with its affine, with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2 as on disk, or as `read_hdf5` returns them
     - `t1`, `t2`: float32 (1, X, Y, Z), copies of the channels, to stay on this grid; `not_registered` in the meta data
-      of `t2` is the warning of `scripts.data.alignment`, which is also logged, or an empty text
+      of `t2` is the warning of `scripts.data.alignment`, which is also logged, or an empty text. Of a subject with one
+      contrast, that is `t1`, both channels of `image`, and there is no `t2`; `contrast` in the meta data of `t1` is its
+      name
     - `label`, `reference`: uint8 (1, X, Y, Z), 0 background, 1 CSF, 2 GM, 3 WM, if there is a label; `label` is to be
       resampled to the network's grid, `reference` stays on this one
 
@@ -69,6 +72,7 @@ class LoadSubjectd(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         label = None
+        contrasts = contrasts_of(data["image"])
         t1_path = t2_path = data["image"] if isinstance(data["image"], str) else data["image"][0]
         if isinstance(t1_path, str) and t1_path.endswith(".h5"):
             image, label = read_hdf5(t1_path)
@@ -88,34 +92,40 @@ class LoadSubjectd(Transform):
                 values, label_affine = read_volume(data["label"])
                 require_same_grid(data["label"], values, label_affine, t1_path, image[0], affine)
                 label = tissue_labels(values, data["label"])
-        require_brain_only(image[0], affine, t1_path)
+        require_brain_only(image[0], affine, t1_path, contrasts[0])
         # checked before resampling, which blurs the edge of a mask
         brain = image[0] > 0
-        require_contrast([np.ptp(channel[brain]) for channel in image], t1_path)
-        if np.array_equal(*image):
-            raise InputError(f"{t1_path}: T1 and T2 of this subject are the same scan; give the T2 itself")
-        require_t2_of_brain(*image, t2_path)
-        if warning := not_registered(*image, nib.affines.voxel_sizes(affine)):
-            logger.warning("%s: %s", t2_path, warning)
-        mixed_up = exchanged(*image)
-        for warning_of_both in filter(None, (mixed_up, extreme_voxels(*image))):
+        scans = dict(zip(contrasts, image, strict=False))
+        require_contrast({name: np.ptp(scan[brain]) for name, scan in scans.items()}, t1_path)
+        warning, mixed_up = None, None
+        if contrasts == CONTRASTS:
+            if np.array_equal(*image):
+                raise InputError(f"{t1_path}: T1 and T2 of this subject are the same scan; give the T2 itself")
+            require_t2_of_brain(*image, t2_path)
+            if warning := not_registered(*image, nib.affines.voxel_sizes(affine)):
+                logger.warning("%s: %s", t2_path, warning)
+            mixed_up = exchanged(*image)
+        for warning_of_both in filter(None, (mixed_up, extreme_voxels(scans))):
             logger.warning("%s: %s", t1_path, warning_of_both)
         if label is not None:
             if not label.any():
                 raise InputError(f"{data['label']}: the label is 0 everywhere; give one with tissues, or remove it")
             require_label_of_brain(label, image[0], data["label"])
-            if not mixed_up and (contradiction := unlike_its_tissues(label, *image)):
+            if contrasts == CONTRASTS and not mixed_up and (contradiction := unlike_its_tissues(label, *image)):
                 logger.warning("%s: %s", data["label"], contradiction)
         loaded = dict(data)
         loaded["image"] = _meta_tensor(image, affine, t1_path)
-        loaded["image"].meta["t1_path"] = t1_path
+        missing = "".join(name for name in CONTRASTS if name not in contrasts)
+        loaded["image"].meta |= {"t1_path": t1_path, "missing": missing}
         if any(str(key).startswith("image_") for key in data):
             # if an image has the name of a NIfTI file, Spacingd takes any `image_...` beside it, such as MONAI Label's
             # `image_path`, for a dict of meta data
             del loaded["image"].meta["filename_or_obj"]
-        for name, channel, path in (("t1", image[:1], t1_path), ("t2", image[1:], t2_path)):
-            loaded[name] = _meta_tensor(channel.copy(), affine, path)
-        loaded["t2"].meta["not_registered"] = warning or ""
+        loaded["t1"] = _meta_tensor(image[:1].copy(), affine, t1_path)
+        loaded["t1"].meta["contrast"] = contrasts[0]
+        if not missing:
+            loaded["t2"] = _meta_tensor(image[1:].copy(), affine, t2_path)
+            loaded["t2"].meta["not_registered"] = warning or ""
         if label is not None:
             loaded["label"] = _meta_tensor(label[None], affine, data["label"])
             loaded["reference"] = _meta_tensor(label[None].copy(), affine, data["label"])
@@ -126,7 +136,8 @@ class NormalizeByT1Maskd(MapTransform):
     """Scale T1 and T2 to mean 0 and population standard deviation 1 over the voxels where T1 > 0.
 
     As in both published pipelines, the mask of T1 serves both channels, and all voxels are transformed, background
-    included. Shapes: (2, X, Y, Z) -> (2, X, Y, Z), T1 first, in any units.
+    included. Of a subject with one contrast, the channel of the other becomes 0 everywhere, as `RandDropContrastd`
+    makes it in training. Shapes: (2, X, Y, Z) -> (2, X, Y, Z), T1 first, in any units.
 
     Raises:
         InputError: a channel is constant where T1 > 0, T1 is nowhere above 0, or a result isn't finite.
@@ -140,9 +151,11 @@ class NormalizeByT1Maskd(MapTransform):
             brain = channels[:, channels[0] > 0].double()
             deviation, mean = torch.std_mean(brain, dim=1, correction=0)
             if not (deviation > 0).all():
-                require_contrast(deviation.tolist(), image.meta["t1_path"])
+                require_contrast(dict(zip(CONTRASTS, deviation.tolist(), strict=True)), image.meta["t1_path"])
             scale = tuple(value.to(channels.dtype)[:, None, None, None] for value in (mean, deviation))
             result[key] = (image - scale[0]) / scale[1]
+            if missing := image.meta.get("missing"):
+                result[key][CONTRASTS.index(missing)] = 0
             if not torch.as_tensor(result[key]).isfinite().all():
                 raise InputError(
                     f"{image.meta['t1_path']}: T1 or T2 of this subject has values too large for float32 at the scale "

@@ -28,6 +28,9 @@ LARGEST_OFFSET = 0.1
 # degrees between the axes of two descriptions of one grid that differ only by rounding
 LARGEST_ANGLE = 2
 
+# names of the channels, in their order
+CONTRASTS = ("T1", "T2")
+
 logger = logging.getLogger(__name__)
 
 
@@ -201,12 +204,19 @@ def t2_beside(t1_path: str) -> str:
     return str(t2_path)
 
 
-def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarray, np.ndarray, str, str]:
+def contrasts_of(image: str | Sequence[str | SpatialImage | None]) -> tuple[str, ...]:
+    """Return which of T1 and T2 a subject has; `image` is as in `read_t1_and_t2`."""
+    if isinstance(image, str):
+        return CONTRASTS
+    return tuple(name for name, source in zip(CONTRASTS, image, strict=True) if source is not None)
+
+
+def read_t1_and_t2(image: str | Sequence[str | SpatialImage | None]) -> tuple[np.ndarray, np.ndarray, str, str]:
     """Read T1 and T2 of a subject.
 
     Args:
-        image: paths or nibabel images of T1 and T2; or one path of a 4-D file with both, or of a T1 with its T2 beside
-            it.
+        image: paths or nibabel images of T1 and T2, of which one may be None: the other is then returned as both; or
+            one path of a 4-D file with both, or of a T1 with its T2 beside it.
 
     A doubt about the orientation of T1 is logged; T2 is on its grid.
 
@@ -226,10 +236,14 @@ def read_t1_and_t2(image: str | Sequence[str | SpatialImage]) -> tuple[np.ndarra
         t1, t2_source = volumes[0], t2_beside(image)
     else:
         t1_source, t2_source = image
-        t1_path = name_of(t1_source, "T1")
-        t1, affine = read_volume(t1_source, "T1")
+        first = contrasts_of(image)[0]
+        t1_source = t1_source if first == "T1" else t2_source
+        t1_path = name_of(t1_source, first)
+        t1, affine = read_volume(t1_source, first)
         if doubt := doubt_of_orientation(nib.load(t1_source) if isinstance(t1_source, str) else t1_source):
             logger.warning("%s: %s", t1_path, doubt)
+        if len(contrasts_of(image)) == 1:
+            return _stack_channels(t1, t1), affine, t1_path, t1_path
     t2_path = name_of(t2_source, "T2")
     t2, t2_affine = read_volume(t2_source, "T2")
     require_same_grid(t2_path, t2, t2_affine, t1_path, t1, affine)

@@ -66,10 +66,11 @@ class SubjectReport:
 
 
 def report_subject(item: Mapping[str, Any], with_pictures: bool = True) -> SubjectReport:
-    """Measure and draw a subject, see `scripts.results.writers.segmented_subjects`; its `t2` is needed too."""
-    t1, t2, prediction, label = item["t1"], item["t2"], item["pred"], item.get("label")
+    """Measure and draw a subject, see `scripts.results.writers.segmented_subjects`; its `t2`, if any, is needed too."""
+    t1, t2, prediction, label = item["t1"], item.get("t2"), item["pred"], item.get("label")
     volumes = tissue_volumes(prediction)
-    files = {"T1": t1.meta["filename_or_obj"], "T2": t2.meta["filename_or_obj"]}
+    contrast = t1.meta.get("contrast", "T1")
+    files = {contrast: t1.meta["filename_or_obj"]} | ({} if t2 is None else {"T2": t2.meta["filename_or_obj"]})
     files |= {} if label is None else {"label": label.meta["filename_or_obj"]}
     files |= {"mask": item["mask"]} if "mask" in item else {}
     return SubjectReport(
@@ -77,7 +78,11 @@ def report_subject(item: Mapping[str, Any], with_pictures: bool = True) -> Subje
         files={name: Path(path).name for name, path in files.items()},
         volumes=volumes,
         warnings=find_warnings(
-            *map(canonical, (t1, t2, prediction)), volumes, canonical_voxel_size(t1), t2.meta.get("not_registered")
+            {contrast: canonical(t1)} | ({} if t2 is None else {"T2": canonical(t2)}),
+            canonical(prediction),
+            volumes,
+            canonical_voxel_size(t1),
+            None if t2 is None else t2.meta.get("not_registered"),
         ),
         has_label=label is not None,
         pictures=draw_pictures(t1, t2, prediction, label, item.get("uncertainty")) if with_pictures else None,

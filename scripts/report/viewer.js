@@ -3,7 +3,7 @@
 
 const CONSTANTS = JSON.parse(document.getElementById("constants").textContent);
 const SCALE = 4; // canvas pixels per voxel; an even number keeps lines sharp
-const SCANS = ["t1", "t2"];
+const SCANS = ["t1", "t2"]; // of a subject with one contrast, only that
 // axes (0 right, 1 front, 2 top) of each plane: across and up the picture, and along the slider's direction;
 // mirrored: the picture shows the subject's right on the left
 const PLANES = [
@@ -43,10 +43,11 @@ class Viewer {
     this.position = this.shape.map((size, axis) => Math.floor((size * CONSTANTS.position[axis]) / 1000));
     this.wanted = false; // whether the layers should be in memory
     this.layers = null;
+    this.scans = SCANS.filter((scan) => element.querySelector(`canvas[data-scan="${scan}"]`));
     this.sliders = [...element.querySelectorAll("input[type=range]")];
     this.checks = Object.fromEntries([...element.querySelectorAll("input[type=checkbox]")].map((c) => [c.name, c]));
     this.canvases = PLANES.map((_, plane) =>
-      SCANS.map((scan) => element.querySelector(`canvas[data-plane="${plane}"][data-scan="${scan}"]`))
+      this.scans.map((scan) => element.querySelector(`canvas[data-plane="${plane}"][data-scan="${scan}"]`))
     );
     PLANES.forEach(({ across, up, along, mirrored }, plane) => {
       const slider = this.sliders[plane];
@@ -120,7 +121,7 @@ class Viewer {
       const label = (shift) => both.values.map((value) => (Math.round(value / CONSTANTS.labelStep) >> shift) & 3);
       const [segmented, truth] = [label(0), label(2)];
       const uncertainty = isChecked("uncertainty") && this.slice("uncertainty", plane).values;
-      SCANS.forEach((scan, which) => {
+      this.scans.forEach((scan, which) => {
         const canvas = this.canvases[index][which];
         const context = canvas.getContext("2d");
         const grey = this.slice(scan, plane);

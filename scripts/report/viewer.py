@@ -41,20 +41,22 @@ class Pictures:
 
     Attributes:
         shape: voxels of the viewer to the right, front and top.
-        layers: `t1`, `t2`, `labels` and, if computed, `uncertainty`, coarser by UNCERTAINTY_STEP. Each has all
-            axial slices, arranged by `side_by_side`. Grey levels of `labels` are LABEL_STEP times the sum of the
-            segmentation's label and 4 times the true one; those of `uncertainty` go up to 255.
+        scans: T1 and T2, or the only one of them.
+        layers: `t1`, `t2` or one of them, `labels` and, if computed, `uncertainty`, coarser by UNCERTAINTY_STEP. Each
+            has all axial slices, arranged by `side_by_side`. Grey levels of `labels` are LABEL_STEP times the sum of
+            the segmentation's label and 4 times the true one; those of `uncertainty` go up to 255.
         static: slices near the middle, for printing and for browsers without JavaScript.
     """
 
     shape: tuple[int, ...]
+    scans: tuple[str, ...]
     layers: dict[str, bytes]
     static: bytes
 
 
 def draw_pictures(
     t1: MetaTensor,
-    t2: MetaTensor,
+    t2: MetaTensor | None,
     prediction: MetaTensor,
     label: MetaTensor | None = None,
     uncertainty: MetaTensor | None = None,
@@ -62,7 +64,7 @@ def draw_pictures(
     """Draw the brain's box and a margin of a voxel, in 1 mm cubes with the value of the voxel at their centre.
 
     Args:
-        t1, t2: intensities, (1, X, Y, Z), with an affine.
+        t1, t2: intensities, (1, X, Y, Z), with an affine. Without `t2`, `t1` is the only contrast, see `LoadSubjectd`.
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
         label: the true labels, on the same grid.
         uncertainty: from 0 to 1, on the same grid.
@@ -88,7 +90,8 @@ def draw_pictures(
         # JPEG takes a tenth of WebP's time, which would slow down the network that runs meanwhile
         return _within(LARGEST_SCAN, side_by_side(values), "JPEG", optimize=True)
 
-    scans = {"t1": grey(t1), "t2": grey(t2)}
+    named = {t1.meta.get("contrast", "T1"): t1} | ({} if t2 is None else {"T2": t2})
+    scans = {name.lower(): grey(scan) for name, scan in named.items()}
     segmented = on_grid(prediction).astype(np.uint8)
     truth = None if label is None else on_grid(label).astype(np.uint8)
     labels = LABEL_STEP * (segmented if truth is None else segmented + 4 * truth)
@@ -98,8 +101,8 @@ def draw_pictures(
     if uncertainty is not None:
         uncertain = np.round(255 * on_grid(uncertainty)).astype(np.uint8)
         layers["uncertainty"] = shaded(_coarser(uncertain))
-    static = _static(*scans.values(), segmented, truth, uncertain)
-    return Pictures(segmented.shape, layers, _within(LARGEST_STATIC, static, "WEBP", method=0))
+    static = _static([*scans.values()], segmented, truth, uncertain)
+    return Pictures(segmented.shape, tuple(named), layers, _within(LARGEST_STATIC, static, "WEBP", method=0))
 
 
 def side_by_side(values: np.ndarray) -> np.ndarray:
@@ -139,9 +142,9 @@ def _within(largest: int, picture: np.ndarray, kind: str, **options: Any) -> byt
 
 
 def _static(
-    t1: np.ndarray, t2: np.ndarray, segmented: np.ndarray, truth: np.ndarray | None, uncertain: np.ndarray | None
+    scans: Sequence[np.ndarray], segmented: np.ndarray, truth: np.ndarray | None, uncertain: np.ndarray | None
 ) -> np.ndarray:
-    """Three planes side by side, in rows for T1, T2 and, where known, errors and uncertainty."""
+    """Three planes side by side, in rows for each scan and, where known, errors and uncertainty over the first."""
     position = slice_position(segmented.shape)
     colors = np.array([(0, 0, 0), *(to_rgb(color) for color in TISSUE_COLORS.values())])
 
@@ -159,14 +162,14 @@ def _static(
         return np.concatenate([np.pad(p, ((tallest - len(p), 0), (0, gap), (0, 0))) for p in painted], axis=1)
 
     edges = [_outlines(plane) for plane in planes(segmented)]
-    rows = [row(scan, [edge > 0 for edge in edges], [colors[edge] for edge in edges]) for scan in (t1, t2)]
+    rows = [row(scan, [edge > 0 for edge in edges], [colors[edge] for edge in edges]) for scan in scans]
     if truth is not None:
-        rows.append(row(t1, planes(segmented != truth), 3 * [to_rgb(DISAGREEMENT_COLOR)]))
+        rows.append(row(scans[0], planes(segmented != truth), 3 * [to_rgb(DISAGREEMENT_COLOR)]))
     if uncertain is not None:
         shades = matplotlib.colormaps[UNCERTAINTY_COLORS]
         levels = planes(uncertain)
         opacities = [np.minimum(level / OPAQUE_UNCERTAINTY, 1) for level in levels]
-        rows.append(row(t1, opacities, [shades(level)[..., :3] for level in levels]))
+        rows.append(row(scans[0], opacities, [shades(level)[..., :3] for level in levels]))
     return (255 * np.concatenate(rows)).round().astype(np.uint8)
 
 

@@ -40,8 +40,7 @@ def usual_range(tissue: Tissue) -> tuple[float, float]:
 
 
 def find_warnings(
-    t1: np.ndarray,
-    t2: np.ndarray,
+    scans: Mapping[str, np.ndarray],
     prediction: np.ndarray,
     volumes: Mapping[str, float],
     voxel_size: np.ndarray,
@@ -50,22 +49,24 @@ def find_warnings(
     """Return the warnings of a subject, by kind.
 
     Args:
-        t1, t2: intensities, (X, Y, Z), with X running to the subject's right.
+        scans: intensities of T1 and T2, or of the only one, by name, (X, Y, Z), with X running to the subject's right.
         prediction: labels 0 to 3 on the same grid.
         volumes: see `scripts.results.metrics.tissue_volumes`.
         voxel_size: sides in mm.
         not_registered: why T2 doesn't seem to be registered to T1, if so.
     """
     voxel_ml = float(voxel_size.prod()) / 1000
+    name, first = next(iter(scans.items()))
     messages = {
+        "one contrast": one_contrast(name) if len(scans) == 1 else None,
         "volume out of range": volume_out_of_range(volumes),
-        "few foreground voxels": few_foreground_voxels(t1, voxel_ml),
-        "brain left unlabelled": brain_left_unlabelled(t1, prediction),
-        "not skull-stripped": not_skull_stripped(t1, voxel_ml),
-        "T2 missing": t2_missing(t1, t2),
+        "few foreground voxels": few_foreground_voxels(first, voxel_ml, name),
+        "brain left unlabelled": brain_left_unlabelled(first, prediction),
+        "not skull-stripped": not_skull_stripped(first, voxel_ml, name),
+        "T2 missing": t2_missing(*scans.values()) if len(scans) == 2 else None,
         "T2 not registered": not_registered,
-        "T1 and T2 exchanged": exchanged(t1, t2),
-        "extreme voxels": extreme_voxels(t1, t2),
+        "T1 and T2 exchanged": exchanged(*scans.values()) if len(scans) == 2 else None,
+        "extreme voxels": extreme_voxels(scans),
         "voxel size": other_voxel_size(voxel_size),
         "left-right asymmetry": left_right_asymmetry(prediction),
     }
@@ -82,10 +83,15 @@ def volume_out_of_range(volumes: Mapping[str, float]) -> str | None:
     return "; ".join(outside) or None
 
 
-def few_foreground_voxels(t1: np.ndarray, voxel_ml: float) -> str | None:
-    """Warn of a T1 that is above 0 in less than a whole brain."""
-    volume = np.count_nonzero(t1 > 0) * voxel_ml
-    return f"T1 is above 0 in only {volume:.0f} ml" if volume < SMALLEST_BRAIN else None
+def one_contrast(name: str) -> str:
+    """Warn of a subject that was segmented from T1 or T2 alone."""
+    return f"segmented from {name} alone, so with a lower Dice, see docs/settings.md"
+
+
+def few_foreground_voxels(scan: np.ndarray, voxel_ml: float, name: str = "T1") -> str | None:
+    """Warn of a scan, called T1 or T2, that is above 0 in less than a whole brain."""
+    volume = np.count_nonzero(scan > 0) * voxel_ml
+    return f"{name} is above 0 in only {volume:.0f} ml" if volume < SMALLEST_BRAIN else None
 
 
 def brain_left_unlabelled(t1: np.ndarray, prediction: np.ndarray) -> str | None:
@@ -94,14 +100,14 @@ def brain_left_unlabelled(t1: np.ndarray, prediction: np.ndarray) -> str | None:
     return f"{share:.0%} of the brain is labelled background" if share > LARGEST_BACKGROUND else None
 
 
-def not_skull_stripped(t1: np.ndarray, voxel_ml: float) -> str | None:
-    """Warn of a T1 that is above 0 in more than a brain, or on much of the faces of its volume."""
-    volume = np.count_nonzero(t1 > 0) * voxel_ml
+def not_skull_stripped(scan: np.ndarray, voxel_ml: float, name: str = "T1") -> str | None:
+    """Warn of a scan, called T1 or T2, that is above 0 in more than a brain, or on much of the faces of its volume."""
+    volume = np.count_nonzero(scan > 0) * voxel_ml
     if volume > LARGEST_USUAL_BRAIN:
-        return f"T1 is above 0 in {volume:.0f} ml, and a brain at 6 months has up to {LARGEST_USUAL_BRAIN:.0f}"
-    faces = [np.moveaxis(t1, axis, 0)[[0, -1]] for axis in range(3)]
+        return f"{name} is above 0 in {volume:.0f} ml, and a brain at 6 months has up to {LARGEST_USUAL_BRAIN:.0f}"
+    faces = [np.moveaxis(scan, axis, 0)[[0, -1]] for axis in range(3)]
     share = sum(np.count_nonzero(face > 0) for face in faces) / sum(face.size for face in faces)
-    return f"T1 is above 0 on {share:.0%} of the faces of its volume" if share > LARGEST_SHARE_OF_FACES else None
+    return f"{name} is above 0 on {share:.0%} of the faces of its volume" if share > LARGEST_SHARE_OF_FACES else None
 
 
 def t2_missing(t1: np.ndarray, t2: np.ndarray) -> str | None:

@@ -64,10 +64,10 @@ def segmentation_picture(
     title: str = "",
     uncertainty: MetaTensor | None = None,
 ) -> Figure:
-    """Draw slices near the middle of the brain: a column for T1, one for the segmentation, and one for the label.
+    """Draw slices near the middle of the brain: a column for the scan, one for the segmentation, and one for the label.
 
     Args:
-        t1: T1 intensities, (1, X, Y, Z), with an affine.
+        t1: intensities of T1, (1, X, Y, Z), with an affine; or of the T2 of a subject without T1, see `LoadSubjectd`.
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
         label: the true labels, if known; a further column then marks the voxels where the two disagree.
         title: the line above the picture.
@@ -80,7 +80,10 @@ def segmentation_picture(
     aspects = (y / x, z / x, z / y)
 
     tissues = {"cmap": ListedColormap(TISSUE_COLORS.values()), "vmin": 1, "vmax": 3, "alpha": 0.45}
-    columns = {"T1": (None, {}), "segmentation": (np.ma.masked_equal(segmented[box], 0), tissues)}
+    columns = {
+        t1.meta.get("contrast", "T1"): (None, {}),
+        "segmentation": (np.ma.masked_equal(segmented[box], 0), tissues),
+    }
     patches = [Patch(color=color, label=tissue.name) for tissue, color in TISSUE_COLORS.items()]
     if label is not None:
         truth = canonical(label)[box]

@@ -27,12 +27,14 @@ def write_sidecar(path: Path, item: Mapping[str, Any], what: str) -> None:
 
     Args:
         path: the image.
-        item: the subject, see `scripts.results.writers.segmented_subjects`, with its `t2`.
+        item: the subject, see `scripts.results.writers.segmented_subjects`, with its `t2` if it has one.
         what: a key of `DESCRIPTIONS`.
     """
     if "anat" not in item:
         return
-    files = [item[key].meta["filename_or_obj"] for key in ("t1", "t2")] + ([item["mask"]] if "mask" in item else [])
+    files = [item[key].meta["filename_or_obj"] for key in ("t1", "t2") if key in item] + (
+        [item["mask"]] if "mask" in item else []
+    )
     sources = [f"bids:{SOURCE}:{item['anat']}/{Path(file).name}" for file in files]
     sidecar = {"Description": DESCRIPTIONS[what], "Manual": False, "Sources": sources, "SpatialReference": sources[0]}
     with whole_files(path.parent) as temporary:

@@ -21,7 +21,7 @@ VOLUME = (550, 1200)
 # of CSF in the brain, and of WM in GM and WM; at 6 months 0.22 and 0.40
 CSF_SHARE = (0.13, 0.31)
 WM_OF_TISSUE = (0.34, 0.52)
-CORTEX, WHITE = (NAMES.index(name) + 1 for name in ("cortex", "cerebral white matter"))
+SULCAL, CORTEX, WHITE = (NAMES.index(name) + 1 for name in ("CSF around the brain", "cortex", "cerebral white matter"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,12 +148,12 @@ class Scan:
 
 def _tissue_means(rng: np.random.Generator) -> np.ndarray:
     """Mean of CSF, GM and WM in T1 and T2, (2, 3), in deviations from GM."""
-    fluid = np.array([-rng.uniform(2, 9), rng.uniform(2, 9)])
+    fluid = np.array([-rng.uniform(2, 9), rng.uniform(2, 14)])
     kind = rng.random()
-    if kind < 0.5:  # as from birth to two years: WM gets brighter in T1 and darker in T2 together
+    if kind < 0.65:  # as from birth to two years: WM gets brighter in T1 and darker in T2 together
         age = rng.uniform(-0.6, 2.2)
-        white = np.array([age, 0.95 - 1.1 * age + rng.normal(0, 0.35)]) * rng.uniform(0.8, 1.8)
-    elif kind < 0.85:
+        white = np.array([age, 0.95 - 1.1 * age + rng.normal(0, 0.35)]) * rng.uniform(0.3, 1.5)
+    elif kind < 0.9:
         white = np.array([rng.uniform(-0.8, 2.6), rng.uniform(-2.2, 1.6)]) * rng.choice([1, 2], p=[0.7, 0.3])
     else:
         white = rng.normal(0, 1.8, 2)
@@ -169,12 +169,15 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     scatter = rng.normal(0, rng.uniform(0.1, 0.7), by_structure.shape)
     scatter[:, [CORTEX, WHITE]] = 0  # these two are the reference
     by_structure = by_structure + scatter
+    # around the brain, CSF mixes with membranes and vessels, and is seldom as clear as in the ventricles
+    by_structure[:, SULCAL] *= rng.uniform(0.3, 1)
     by_structure[:, 0] = 0
 
     # myelination changes both contrasts, against each other in most
     fields = smooth_field(rng, size, rng.uniform(8, 30), 6) * float(rng.uniform(0.1, 0.6))
-    depth = shape.depth.clamp(0, 6) / 3 - 0.7
-    myelin = fields[0] + float(rng.uniform(-0.1, 0.7)) * depth
+    depth = shape.depth.clamp(0, 9) / 3 - 0.7
+    ripeness = smooth_field(rng, size, rng.uniform(15, 40))[0] * float(rng.uniform(0, 0.6))
+    myelin = fields[0] + ripeness + float(rng.uniform(-0.1, 0.8)) * depth
     myelin_effect = np.array([rng.uniform(0, 1.2), -rng.uniform(0, 1.2)]) * rng.choice([1, -1], 2, p=[0.85, 0.15])
     # white matter under the cortex myelinates last, and narrow sulci are never seen in full
     kept = [_contrast_by_depth(depth, rng) for depth in (shape.fluid, shape.depth)]
@@ -216,10 +219,8 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     image = torch.stack(channels)
     image = image + noise * torch.from_numpy(rng.standard_normal(image.shape, dtype=np.float32))
 
-    # partial volume makes the spread of the whole image smaller than that of its parts
-    mean = by_structure @ shape.sizes
-    within = 0.15 + noise**2 + float(fields.std()) ** 2
-    deviation = np.sqrt(((by_structure - mean[:, None]) ** 2) @ shape.sizes + within) * rng.uniform(0.65, 0.8, 2)
+    mean, deviation = _of_whole_brain(image, shape, by_structure)
+    deviation *= rng.uniform(0.92, 1.08, 2)
     # the level of grey matter above 0, where air is
     level = np.maximum(rng.uniform(5, 14, 2), rng.uniform(0.5, 3, 2) - by_structure.min(axis=1))
     bias = 1 + float(rng.uniform(0, 0.06)) * smooth_field(rng, size, 40, 2)
@@ -227,6 +228,23 @@ def draw_scan(shape: Shape, rng: np.random.Generator) -> Scan:
     mask = _mask(shape, rng)
     label = shape.label * mask
     return Scan(image.clamp(min=0.05) * mask, label, mean + level, deviation)
+
+
+def _of_whole_brain(image: torch.Tensor, shape: Shape, by_structure: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and deviation of each channel in the whole brain, (2,), also if the image is of a part of it.
+
+    Structures that the part doesn't show count with their mean before blur.
+    """
+    inside = shape.outside < 0
+    structure = shape.nearest.gather(0, shape.shares.argmax(0, keepdim=True))[0][inside].numpy()
+    voxels = np.bincount(structure, minlength=len(TISSUE_OF))
+    means, squares = by_structure.copy(), by_structure**2
+    for channel, values in enumerate(image[:, inside].double().numpy()):
+        for moment, power in ((means, 1), (squares, 2)):
+            total = np.bincount(structure, values**power, minlength=len(TISSUE_OF))
+            moment[channel] = np.where(voxels, total / np.maximum(voxels, 1), moment[channel])
+    shares = shape.sizes / shape.sizes.sum()
+    return means @ shares, np.sqrt(squares @ shares - (means @ shares) ** 2)
 
 
 def _contrast_by_depth(depth: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -252,14 +270,14 @@ def _shifted(image: torch.Tensor, shift: np.ndarray) -> torch.Tensor:
 def _mask(shape: Shape, rng: np.random.Generator) -> torch.Tensor:
     """Where the scan shows something, (X, Y, Z): the brain, in some scans too tight or too wide."""
     kind = rng.random()
-    if kind < 0.6:
+    if kind < 0.75:
         margin = rng.uniform(-0.5, 0.5)
-    elif kind < 0.8:
+    elif kind < 0.9:
         margin = rng.uniform(-2, 0)
     else:
         margin = rng.uniform(0, 4)
     rough = rng.uniform(0, 1) * smooth_field(rng, shape.outside.shape, rng.uniform(4, 16))[0]
-    return shape.outside < margin + (rough if kind >= 0.6 else 0)
+    return shape.outside < margin + (rough if kind >= 0.75 else 0)
 
 
 def infant_subject(source: StructureMap, rng: np.random.Generator) -> dict[str, np.ndarray]:

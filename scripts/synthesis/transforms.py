@@ -1,9 +1,10 @@
-"""Random transforms that replace a patch of training by a synthetic one."""
+"""Random transforms of patches of training: a synthetic one instead, one contrast alone."""
 
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from monai.transforms import RandomizableTransform
 from monai.utils import convert_to_dst_type
 from tqdm import tqdm
@@ -44,4 +45,28 @@ class RandInfantPatchd(RandomizableTransform):
             scan = draw_scan(draw_shape(source, rng, result["label"].shape[1:]), rng)
             result["image"] = convert_to_dst_type(scan.normalized(), result["image"])[0]
             result["label"] = convert_to_dst_type(scan.label[None], result["label"])[0]
+        return result
+
+
+class RandDropContrastd(RandomizableTransform):
+    """Set T1 or T2 of a normalized `image` (2, X, Y, Z) to 0 everywhere, as in a subject of one contrast.
+
+    Args:
+        prob: share of patches in which one of the two is dropped, each as often; the setting drop_share.
+
+    Raises:
+        InputError: `prob` isn't from 0 to 1.
+    """
+
+    def __init__(self, prob: float = 0.5) -> None:
+        require_share(drop_share=prob)
+        super().__init__(prob)
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        result = dict(data)
+        self.randomize(None)
+        dropped = self.R.randint(2)
+        if self._do_transform:
+            kept = torch.tensor([dropped != 0, dropped != 1])[:, None, None, None]
+            result["image"] = result["image"] * kept
         return result

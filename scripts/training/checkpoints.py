@@ -77,7 +77,7 @@ class Checkpoints:
 
 
 class DivergenceStopper:
-    """Handler of a trainer that stops after an epoch with NaN or infinite weights, before they are validated or written.
+    """Handler of a trainer that stops after an epoch with NaN or infinite weights, before they are written.
 
     Args:
         network: the network to train.

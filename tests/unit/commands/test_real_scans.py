@@ -45,11 +45,12 @@ class Perfect:
 
     def __init__(self, label: np.ndarray) -> None:
         self.label = label
-        self.seen: list[tuple[np.ndarray, np.ndarray]] = []
+        self.seen: list[list[np.ndarray | None]] = []
 
-    def __call__(self, t1: nib.Nifti1Image, t2: nib.Nifti1Image) -> SimpleNamespace:
-        self.seen.append((t1.get_fdata(), t2.get_fdata()))
-        label = self.label if t1.shape == self.label.shape else np.zeros(t1.shape, dtype=np.uint8)
+    def __call__(self, *scans: nib.Nifti1Image | None) -> SimpleNamespace:
+        self.seen.append([scan and scan.get_fdata() for scan in scans])
+        shape = next(scan for scan in scans if scan).shape
+        label = self.label if shape == self.label.shape else np.zeros(shape, dtype=np.uint8)
         return SimpleNamespace(label=np.where(label, label, 2))
 
 
@@ -59,7 +60,10 @@ def test_scores_are_within_the_label_and_treatments_are_what_they_say(brains, tm
     segmenter = Perfect(label)
     rows = list(score_real_scans(find_real_scans(str(tmp_path)), segmenter, 0))
     assert [row["treatment"] for row in rows] == list(TREATMENTS)
-    whole, cut, coarse, noise = (seen for seen, _ in segmenter.seen)
+    whole, cut, coarse, noise, t1_alone, no_t1 = (seen for seen, _ in segmenter.seen)
+    assert no_t1 is None
+    assert np.array_equal(t1_alone, cut)
+    assert [t2 is None for _, t2 in segmenter.seen] == [False] * 4 + [True, False]
     assert rows[0]["dice_mean"] == rows[1]["dice_mean"] == 1
     assert rows[0]["share_csf"] == pytest.approx(np.mean(label[label > 0] == 1))
     assert (whole[:4, :4, :4] == 300).all()

@@ -90,8 +90,8 @@ def test_t1w_and_t2w_that_belong_together(tmp_path, t1s, t2s, partners):
 def test_incomplete_sessions_are_left_out_and_named(tmp_path, caplog):
     touch(tmp_path, *pair("sub-1_ses-a"), scan("sub-1_ses-b_T1w.nii.gz"), scan("sub-2_T2w.nii.gz"))
     assert list(names(SubjectFolder(str(tmp_path)).to_segment(None))) == ["sub-1_ses-a"]
-    assert "sub-1_ses-b: skipped (has no T2w)" in caplog.text
-    assert "sub-2: skipped (has no T1w)" in caplog.text
+    assert "sub-1_ses-b: skipped (has no T2w; --contrasts any segments its T1w alone)" in caplog.text
+    assert "sub-2: skipped (has no T1w; --contrasts any segments its T2w alone)" in caplog.text
     caplog.clear()
     assert list(names(SubjectFolder(str(tmp_path)).to_segment("1"))) == ["sub-1_ses-a"]
     assert "sub-1_ses-b" in caplog.text

@@ -261,8 +261,8 @@ DAMAGES = {
     "label not a number": change("label", put((0, 0, 3, 4, 5), np.nan), "label value nan isn't known"),
     "no background": change("data", no_background, "T1 isn't lowest, and the same, in all corners"),
     "background zeroed": change("data", background_zeroed, "T1 isn't lowest, and the same, in all corners"),
-    "label elsewhere": change("label", upside_down, "100% of the label lies outside the brain of T1"),
-    "constant T1": change("data", put((0, 0), 1.5), "100% of the label lies outside the brain of T1"),
+    "label elsewhere": change("label", upside_down, "100% of the label lies outside the brain of the scan"),
+    "constant T1": change("data", put((0, 0), 1.5), "100% of the label lies outside the brain of the scan"),
     "mask as T1": change("data", constant_in_the_brain(0), "the T1 of this subject is constant inside the brain"),
     "mask as T2": change("data", constant_in_the_brain(1), "the T2 of this subject is constant inside the brain"),
 }

@@ -91,7 +91,7 @@ def test_warnings_of_the_scans_themselves_are_in_the_report(brains):
     volumes = {f"{name}_ml": 1.0 for name in ("csf", "gm", "wm")}
 
     def kinds(t1: np.ndarray, t2: np.ndarray) -> set[str]:
-        found = find_warnings(t1, t2, brain["label"], volumes, np.ones(3))
+        found = find_warnings({"T1": t1, "T2": t2}, brain["label"], volumes, np.ones(3))
         return found.keys() & {"T1 and T2 exchanged", "extreme voxels"}
 
     assert kinds(brain["T1"], brain["T2"]) == set()
