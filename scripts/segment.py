@@ -37,7 +37,7 @@ SETTINGS = {
         "foreground_margin",
         "window_size",
     ),
-    *("flips", "uncertainty", "dropout_samples"),
+    *("prepare", "flips", "uncertainty", "dropout_samples"),
     *("network_def", "network", "preprocessing", "inferer", "postprocessing"),
 }
 

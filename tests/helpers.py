@@ -3,6 +3,7 @@
 import hashlib
 import inspect
 import io
+import itertools
 import json
 import os
 import re
@@ -23,7 +24,8 @@ from ignite.engine import Events
 from monai.bundle import ConfigWorkflow
 from monai.data import MetaTensor
 from PIL import Image
-from scipy.ndimage import binary_dilation, zoom
+from scipy.ndimage import affine_transform, binary_dilation, distance_transform_edt, zoom
+from scipy.spatial.transform import Rotation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
@@ -138,6 +140,37 @@ def save_subject(
     if labeled:
         label = np.array(ISEG_VALUES, dtype=np.uint8)[brain["label"]]
         save_volume(directory / f"subject-{subject}-label{suffix}", label)
+
+
+def displaced(
+    values: np.ndarray,
+    affine: np.ndarray,
+    angles: tuple[float, float, float],
+    shift: tuple[float, float, float],
+    sizes: tuple[float, float, float],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A volume as a scan of the head turned by degrees and moved by mm shows it, on a grid of its own.
+
+    Returned are its values, its affine, and the matrix from the old place to the new, in RAS mm.
+    """
+    matrix = np.eye(4)
+    matrix[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix()
+    middle = nib.affines.apply_affine(affine, (np.array(values.shape) - 1) / 2)
+    matrix[:3, 3] = middle + shift - matrix[:3, :3] @ middle
+    corners = nib.affines.apply_affine(
+        matrix @ affine, list(itertools.product(*((0, side - 1) for side in values.shape)))
+    )
+    own = np.diag([*sizes, 1.0])
+    own[:3, 3] = corners.min(0)
+    shape = np.ceil(np.ptp(corners, axis=0) / sizes).astype(int) + 1
+    to_old = np.linalg.inv(matrix @ affine) @ own
+    # the edge of the brain isn't mixed with the 0 around it
+    nearest = distance_transform_edt(values == 0, return_distances=False, return_indices=True)
+    moved, shown = (
+        affine_transform(each, to_old[:3, :3], to_old[:3, 3], output_shape=tuple(shape), order=order)
+        for each, order in ((values[tuple(nearest)].astype(np.float32), 3), ((values != 0).astype(np.float32), 1))
+    )
+    return np.where(shown >= 0.5, moved, 0), own, matrix
 
 
 def touch(directory: Path, *names: str) -> Path:

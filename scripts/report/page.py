@@ -52,6 +52,7 @@ class SubjectReport:
         subject: the id.
         files: names of T1, T2 and so on.
         volumes: see `scripts.results.metrics.tissue_volumes`.
+        prepared: what was done to the scans before they were segmented.
         warnings: messages by kind, see `scripts.report.warnings.find_warnings`.
         has_label: whether there is a label to compare with.
         pictures: None beyond MOST_VIEWERS.
@@ -60,6 +61,7 @@ class SubjectReport:
     subject: str
     files: dict[str, str]
     volumes: dict[str, float]
+    prepared: str
     warnings: dict[str, str]
     has_label: bool
     pictures: Pictures | None
@@ -77,6 +79,9 @@ def report_subject(item: Mapping[str, Any], with_pictures: bool = True) -> Subje
         subject=item["subject"],
         files={name: Path(path).name for name, path in files.items()},
         volumes=volumes,
+        prepared=f"T2 was registered to T1: {moved}."
+        if t2 is not None and (moved := t2.meta.get("registered"))
+        else "",
         warnings=find_warnings(
             {contrast: canonical(t1)} | ({} if t2 is None else {"T2": canonical(t2)}),
             canonical(prediction),

@@ -375,7 +375,7 @@ def test_t2_out_of_place_is_warned_of_in_the_log_and_the_report(tmp_path, capfd)
     scans = six_month_subject(label, nominal(label, rng), rng)
     scans["T2"] = np.roll(scans["T2"], 4, axis=2)
     save_subject(tmp_path / "data", "1", scans, labeled=False)
-    configured(tmp_path / "data", tmp_path / "out", subjects=[1], window_size=[64, 64, 64]).run()
+    configured(tmp_path / "data", tmp_path / "out", subjects=[1], window_size=[64, 64, 64], prepare=[]).run()
     warning = "T2 fits T1 as well, or nearly, when it is moved by 3 mm; register it to T1"
     assert f"subject-1-T2.hdr: {warning}" in "".join(capfd.readouterr())
     report = (tmp_path / "out" / "report.html").read_text()

@@ -53,7 +53,7 @@ def end_the_process(path: str) -> None:
     ],
 )
 def test_planted_fault_is_found(fault, name, text, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(transforms, "read_t1_and_t2", fault)
+    monkeypatch.setattr(transforms, "read_scans", fault)
     assert fuzz("nii", 1, 0, tmp_path, most=2) == {"finding": 2}
     found = next(path for path in sorted(tmp_path.iterdir()) if path.name.startswith(name))
     assert text in (found / "finding.txt").read_text()
@@ -62,5 +62,5 @@ def test_planted_fault_is_found(fault, name, text, monkeypatch, tmp_path, capsys
 
 
 def test_refusal_that_does_not_name_the_file_is_found(monkeypatch, tmp_path):
-    monkeypatch.setattr(transforms, "read_t1_and_t2", refuse)
+    monkeypatch.setattr(transforms, "read_scans", refuse)
     assert judge("nii", 0, 0, tmp_path)[0] == "finding"

@@ -9,7 +9,7 @@ from helpers import save_volume
 
 from scripts.data.hdf5 import read_hdf5
 from scripts.data.transforms import LoadSubjectd
-from scripts.data.volumes import read_t1_and_t2, read_volume
+from scripts.data.volumes import read_scans, read_volume
 from scripts.errors import InputError
 from scripts.weights import read_checkpoint
 
@@ -53,7 +53,7 @@ SIDEWAYS = np.array([[0, 0, -1.0, 4], [-1, 0, 0, 5], [0, 1, 0, 6], [0, 0, 0, 1]]
 )
 def test_doubtful_orientation_is_told(tmp_path, caplog, kind, codes, qform, expected):
     path = nifti(tmp_path / "a.nii.gz", *codes, qform, kind)
-    values, *_ = read_t1_and_t2([path, path])
+    values = np.stack([scan.values for scan in read_scans([path, path])])
     np.testing.assert_array_equal(values[0], VALUES)
     assert len(caplog.messages) == (expected is not None)
     if expected:
@@ -66,8 +66,8 @@ def test_quaternion_that_can_not_be_beside_a_good_sform(tmp_path, caplog, quater
     content = bytearray(path.read_bytes())
     content[256:268] = np.float32([quaternion] * 3).tobytes()
     path.write_bytes(content)
-    values, affine, *_ = read_t1_and_t2([str(path), str(path)])
-    np.testing.assert_array_equal(values[0], VALUES)
+    (values, affine, _), _ = read_scans([str(path), str(path)])
+    np.testing.assert_array_equal(values, VALUES)
     np.testing.assert_array_equal(affine, np.diag([-1, 1, 1, 1]))
     assert not caplog.messages
 
