@@ -15,13 +15,15 @@ from monai.transforms import Spacing
 from tqdm import tqdm
 
 from scripts.commands.shared import TITLES
+from scripts.data.checks import require_brain_only
 from scripts.data.volumes import CONTRASTS, read_volume, require_same_grid
 from scripts.errors import InputError, require_path
 from scripts.files import is_hidden
 from scripts.results.metrics import tissue_scores
 from scripts.segment import Segmenter
 from scripts.synthesis.label_maps import require_usable
-from scripts.tissues import TISSUES, Tissue, tissue_labels
+from scripts.synthesis.structures import tissues_of_structures
+from scripts.tissues import TISSUES, Tissue
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +91,7 @@ def _read(files: dict[str, Path]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """T1, T2 and label of a scan, each (X, Y, Z), and their affine."""
     path = str(files["label"])
     label, affine = read_volume(path)
-    volumes = {"label": tissue_labels(label, path)}
+    volumes = {"label": tissues_of_structures(label, path)}
     require_usable(files["label"], volumes["label"], affine)
     for kind in ("t1", "t2"):
         volumes[kind], image_affine = read_volume(str(files[kind]))
@@ -123,7 +125,7 @@ def _treated(
 
 
 def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield a row of scores for each scan under each of `TREATMENTS`.
+    """Yield a row of scores for each scan under each of `TREATMENTS`; a head with its skull is cut in all of them.
 
     Scores are those of `tissue_scores` inside the label, and the share of each tissue in the segmentation, from 0 to 1.
 
@@ -133,12 +135,19 @@ def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter,
         seed: selects the noise.
 
     Raises:
-        InputError: as `read_volume`, `tissue_labels`, `require_usable`, `require_same_grid` and the segmenter.
+        InputError: as `read_volume`, `tissues_of_structures`, `require_usable`, `require_same_grid` and the segmenter.
     """
     with tqdm(total=len(scans) * len(TREATMENTS), desc="real scans") as progress:
         for scan, files in scans.items():
             volumes, affine = _read(files)
-            for name, treatment in TREATMENTS.items():
+            treatments = TREATMENTS
+            try:
+                require_brain_only(volumes["t1"], affine, str(files["t1"]))
+            except InputError as error:
+                logger.warning("%s; scored cut to the label only", error)
+                treatments = {name: treatment for name, treatment in TREATMENTS.items() if treatment.cut}
+                progress.update(len(TREATMENTS) - len(treatments))
+            for name, treatment in treatments.items():
                 images = _treated(volumes, affine, treatment, np.random.default_rng([seed, *scan.encode()]))
                 t1, t2 = (
                     nib.Nifti1Image(images[name.lower()][0].numpy(), images[name.lower()].affine.numpy())

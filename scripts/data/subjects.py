@@ -45,6 +45,10 @@ OTHER_IMAGES = re.compile(r"(?i)mask|pve|prob|(?<![a-z])to(?![a-z])")
 READ_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
 
 
+# what a DICOM file has at this byte
+DICOM_MARK = (b"DICM", 128)
+
+
 class Subject(TypedDict):
     """The files of a subject; see the docstring of this module."""
 
@@ -133,6 +137,17 @@ def _walk(root: Path, excluded: Collection[Path], bad: dict[str, InputError]) ->
             if (real := Path(folder, name).resolve()) not in entered:
                 entered.add(real)
                 folders.append(name)
+
+
+def _dicom_file(folder: str) -> Path | None:
+    """The first DICOM file in a folder, at any depth; their names have any suffix or none."""
+    for path in _walk(Path(folder), (), {}):
+        if path.is_file() and path.stat().st_size > DICOM_MARK[1]:
+            with path.open("rb") as file:
+                file.seek(DICOM_MARK[1])
+                if file.read(len(DICOM_MARK[0])) == DICOM_MARK[0]:
+                    return path
+    return None
 
 
 def _near_misses(others: Iterable[Path], found: Mapping[str, Collection[str]]) -> dict[str, str]:
@@ -385,6 +400,11 @@ class SubjectFolder:
         if not self.require_good():
             for subject, reason in self.left_out.items():
                 raise InputError(f"{self.folder}: no subject of this BIDS dataset is complete; {subject} {reason}")
+            if dicom := _dicom_file(self.folder):
+                raise InputError(
+                    f"{dicom}: is DICOM, which isn't read; convert each series to NIfTI with dcm2niix, such as "
+                    f"`dcm2niix -z y -f subject-1-T1 -o scans <folder of the T1>`"
+                )
             raise InputError(f"{self.folder}: no subjects found; looked for {EXPECTED_NAMES}; is --dataset_dir right?")
         labeled = sum("label" in subject for subject in self.subjects)
         images = [subject["subject"] for subject in self.subjects if not _is_hdf5(subject)]

@@ -94,7 +94,16 @@ class StructureMap:
         return self.outer.shape
 
 
-def _structures_and_outer(values: np.ndarray, path: Path) -> tuple[np.ndarray, np.ndarray]:
+def tissues_of_structures(values: np.ndarray, path: str | Path) -> np.ndarray:
+    """Return the tissue of each voxel, uint8, 0 outside the brain, from FreeSurfer's numbers or from three tissues.
+
+    Raises:
+        InputError: a number isn't known.
+    """
+    return TISSUE_OF[_structures_and_outer(values, path)[0]]
+
+
+def _structures_and_outer(values: np.ndarray, path: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """Numbers of the structures in memory and of the labels around the brain, from the labels of a file."""
     numbers = {number: NAMES.index(name) + 1 for name, structure in STRUCTURES.items() for number in structure.numbers}
     values = np.where(np.abs(values - np.rint(values)) <= LARGEST_ROUNDING, np.rint(values), values)

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+from helpers import head_of
 
 from scripts.commands.real_scans import TREATMENTS, find_real_scans, score_real_scans, summary
 from scripts.commands.robustness import robustness
@@ -118,6 +119,31 @@ def test_label_without_a_tissue_or_on_another_grid(brains, tmp_path):
         list(score_real_scans(find_real_scans(str(tmp_path)), Perfect(label), 0))
     save_scan(tmp_path, brains[0], label=label[1:])
     with pytest.raises(InputError, match=r"month-03-T1\.nii\.gz"):
+        list(score_real_scans(find_real_scans(str(tmp_path)), Perfect(label), 0))
+
+
+def test_head_with_freesurfers_numbers_is_scored_where_it_is_labelled(brains, tmp_path, caplog):
+    label = brains[0]["label"]
+    head = head_of(label)
+    head[head >= 500] = 0  # bone and skin have no label, but are in the scan
+    shown = np.where(brains[0]["T1"] > 0, brains[0]["T1"], 50)
+    save_scan(
+        tmp_path, brains[0] | {"T1": shown}, ("s_space-x_T1w", "s_space-x_T2w", "s_space-x_desc-aseg_dseg"), 1, head
+    )
+    rows = list(score_real_scans(find_real_scans(str(tmp_path)), Perfect(label), 0))
+    assert [row["treatment"] for row in rows] == [name for name in TREATMENTS if name != "whole"]
+    assert "s_space-x_T1w.nii.gz: T1 is above 0 everywhere" in caplog.text
+    assert "scored cut to the label only" in caplog.text
+    save_scan(
+        tmp_path,
+        brains[0],
+        ("s_space-x_T1w", "s_space-x_T2w", "s_space-x_desc-aseg_dseg"),
+        1,
+        np.where(head == 4, 3004, head).astype(np.int16),
+    )
+    with pytest.raises(
+        InputError, match=r"dseg.nii.gz: label value 3004 isn't known; give a map like FreeSurfer's aseg"
+    ):
         list(score_real_scans(find_real_scans(str(tmp_path)), Perfect(label), 0))
 
 

@@ -211,6 +211,17 @@ def test_output_among_the_subjects_by_url(tmp_path):
         require_apart("s3://bucket", "s3://bucket/labels")
 
 
+@pytest.mark.parametrize("name", ["series/IM0001", "series/1.2.840.dcm", "DICOMDIR"])
+def test_dicom_files_are_named_with_the_way_to_convert_them(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    (tmp_path / "README").write_text("short")
+    path.write_bytes(bytes(128) + b"DICM" + bytes(100))
+    folder = SubjectFolder(str(tmp_path))
+    with pytest.raises(InputError, match=rf"{name}: is DICOM, which isn't read; convert each series .* with dcm2niix"):
+        folder.require([], "segment")
+
+
 def test_nothing_to_work_on(tmp_path):
     with pytest.raises(InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.hdr/\.img, \.nii"):
         SubjectFolder(str(tmp_path)).require([], "train")
