@@ -210,7 +210,7 @@ class NormalizeByT1Maskd(MapTransform):
                 require_contrast(dict(zip(CONTRASTS, deviation.tolist(), strict=True)), image.meta["t1_path"])
             scale = tuple(value.to(channels.dtype)[:, None, None, None] for value in (mean, deviation))
             result[key] = (image - scale[0]) / scale[1]
-            if missing := image.meta.get("missing"):
+            if missing := getattr(image, "meta", {}).get("missing"):
                 result[key][CONTRASTS.index(missing)] = 0
             if not torch.as_tensor(result[key]).isfinite().all():
                 raise InputError(
