@@ -79,7 +79,7 @@ lint: $(VENV)/.installed-dev
 
 # the weights that the bundle includes, in two trainings, from LABEL_MAPS and HEADS, folders of 14 label maps each, see
 # docs/README.md; maps 1 to 11 train the first, and 12 chooses its epoch; 1 to 4 and 6 to 10 train the second, whose last
-# epoch is taken; the two are mixed; then how they do on 13 and 14, which stay unseen
+# epoch is taken; then how it does on 13 and 14, which stay unseen
 # the first is for a GPU: without one it takes about a day; RESUME=True resumes the one that was stopped
 LABEL_MAPS ?= data/label-maps
 HEADS ?= data/heads
@@ -91,12 +91,9 @@ weights: eval/weights/six-months/.trained | $(VENV)/.installed
 	$(RUN) training --config_file "['configs/train.json','configs/recipes/infant.json']" --dataset_dir data/anatomies-2 \
 		--val_subjects "['anatomy-12','anatomy-12-2']" --heads_dir $(HEADS) --heads "['head-01','head-02','head-03', \
 		'head-04','head-06','head-07','head-08','head-09','head-10']" --start_from eval/weights/six-months/model.pt \
-		--patch_size "[48,48,48]" --crops_per_epoch 800 --epochs 13 --val_interval 13 --picture_interval 0 \
-		--learning_rate 0.003 --resume $(RESUME) --output_dir eval/weights/infant --ckpt_dir eval/weights/infant
-	rm -f eval/weights/model.pt
-	$(PY) -m scripts mix_weights --first eval/weights/six-months/model.pt --second eval/weights/infant/model.pt \
-		--share 0.75 --output eval/weights/model.pt
-	cp --backup=numbered eval/weights/model.pt models/model.pt
+		--patch_size "[48,48,48]" --crops_per_epoch 800 --epochs 34 --val_interval 34 --picture_interval 0 \
+		--learning_rate 0.004 --resume $(RESUME) --output_dir eval/weights/infant --ckpt_dir eval/weights/infant
+	cp --backup=numbered eval/weights/infant/model.pt models/model.pt
 	$(PY) -m scripts robustness --labels_dir $(LABEL_MAPS) --names "['anatomy-13','anatomy-14']" \
 		--output_dir eval/weights
 

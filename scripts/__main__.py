@@ -14,10 +14,7 @@ from scripts.errors import InputError, show_input_errors_in_one_line
 
 # module in scripts/commands/ by command; imported only to run the command, since most modules import torch and MONAI
 COMMANDS = {
-    **{
-        name: name
-        for name in ("phantom", "synthesize", "prepare_hdf5", "import_weights", "mix_weights", "cross_validate")
-    },
+    **{name: name for name in ("phantom", "synthesize", "prepare_hdf5", "import_weights", "cross_validate")},
     "gather_folds": "cross_validate",
     **{name: name for name in ("submission", "package", "robustness", "compare_recipes", "bench")},
 }

@@ -34,7 +34,6 @@ from scripts.data.volumes import (
 )
 from scripts.errors import InputError
 from scripts.preparation import steps_of
-from scripts.preparation.registration import register
 from scripts.tissues import ISEG_AFFINE, LARGEST_ROUNDING, tissue_labels
 
 logger = logging.getLogger(__name__)
@@ -176,6 +175,9 @@ class LoadSubjectd(Transform):
         warning = not_registered(t1, second.values, sizes) if same_grid else "T2 is on another grid"
         if not warning or "registration" not in self.steps:
             return second.values, "", warning
+        # SimpleITK, which takes a tenth of a second and 100 MB, is loaded where it is needed
+        from scripts.preparation.registration import register
+
         result = register(second.values, second.affine, t1, first.affine)
         if result and not t2_is_elsewhere(t1, result.image) and not not_registered(t1, result.image, sizes):
             logger.info("%s: registered to T1, %s", second.path, result)

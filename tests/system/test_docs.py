@@ -223,10 +223,11 @@ def test_model_card_states_the_settings_that_are_used():
     train = json.loads((ROOT / "configs" / "train.json").read_text())
     patches = f"epochs of {train['crops_per_epoch']} patches"
     assert f"{train['epochs']} {patches}, highest learning rate {train['learning_rate']}" in card
-    trainings = re.findall(r"--crops_per_epoch (\d+) --epochs (\d+)", (ROOT / "Makefile").read_text())
+    pattern = r"--crops_per_epoch (\d+) --epochs (\d+) .*?--learning_rate ([\d.]+)"
+    trainings = re.findall(pattern, (ROOT / "Makefile").read_text(), re.DOTALL)
     assert len(trainings) == 2
-    for patches, epochs in trainings:
-        assert f"{epochs} epochs of {patches} patches, highest learning rate 0.003" in card
+    for patches, epochs, rate in trainings:
+        assert f"{epochs} epochs of {patches} patches, highest learning rate {rate}" in card
     assert " \u00d7 ".join(map(str, train["patch_size"])) + " voxels" in card
 
 

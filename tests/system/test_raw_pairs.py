@@ -17,7 +17,8 @@ LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
 @pytest.fixture(scope="module")
 def brain() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(5)
-    label = label_map(rng)[20:124, 40:140, 70:170]
+    label = label_map(rng)
+    label = np.pad(label[tuple(slice(places.min(), places.max() + 1) for places in np.nonzero(label))], 8)
     return six_month_subject(label, nominal(label, rng), rng) | {"label": label}
 
 
@@ -40,7 +41,7 @@ def test_t2_is_registered_where_it_has_to_be(brain, tmp_path):
     save_pair(data, "same-grid", brain["T1"], np.roll(brain["T2"], 4, axis=2))
     noise = np.random.default_rng(0).integers(1, 300, (90, 90, 90)).astype(np.int16)
     save_pair(data, "another", brain["T1"], noise, affine)
-    refusal = refused_run(data, output, window_size=[64, 64, 64])
+    refusal = refused_run(data, output)
     assert "subject-another-T2.nii.gz: couldn't be registered to" in refusal
     labels = {name: voxels(output / f"subject-{name}-label.nii.gz") for name in ("prepared", "raw", "same-grid")}
     for name in ("raw", "same-grid"):
@@ -50,7 +51,7 @@ def test_t2_is_registered_where_it_has_to_be(brain, tmp_path):
     assert "T2 was registered to T1: turned by 10." in page or "T2 was registered to T1: turned by 9.9" in page
 
     strict = tmp_path / "strict"
-    message = refused_run(data, strict, window_size=[64, 64, 64], prepare=[])
+    message = refused_run(data, strict, prepare=[])
     assert message == "2 subjects are not segmented, see above; fix or remove them"
     np.testing.assert_array_equal(voxels(strict / "subject-prepared-label.nii.gz"), labels["prepared"])
     assert {row["subject"] for row in read_csv(strict / "volumes.csv")} == {"prepared", "same-grid"}

@@ -162,8 +162,11 @@ IMAGE = nib.Nifti1Image(ONES, LAS)
         ((ONES, ONES, np.eye(3)), "affine: must be an invertible 4 x 4 matrix"),
         ((ONES, ONES, np.zeros((4, 4))), "affine: must be an invertible 4 x 4 matrix"),
         ((IMAGE, IMAGE, LAS), "affine: is for arrays, and the T1 is a file or an image"),
-        ((ONES, ONES[:4], LAS), "T2: shape (4, 6, 7) differs from (5, 6, 7) of T1"),
-        ((IMAGE, nib.Nifti1Image(ONES, np.eye(4))), "T2: its affine differs from that of T1"),
+        ((np.pad(ONES, 1), ONES, LAS), "T2: shape (5, 6, 7) differs from (7, 8, 9) of T1"),
+        (
+            [nib.Nifti1Image(np.pad(ONES, 1).astype(np.float32), affine) for affine in (LAS, np.eye(4))],
+            "T2: its affine differs from that of T1",
+        ),
         ((ONES * np.nan, ONES, LAS), "T1: has NaN or infinite values"),
         ((ONES[0], ONES[0], LAS), "T1: shape (6, 7) isn't a 3-D volume"),
         ((ONES * 0, ONES, LAS), "T1: T1 is nowhere above 0"),

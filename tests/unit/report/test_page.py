@@ -46,7 +46,14 @@ class Elements(HTMLParser):
 
 def reported(subject_id: str, **changes: Any) -> SubjectReport:
     volumes = {"csf_ml": 170.0, "gm_ml": 380.0, "wm_ml": 246.0, "brain_ml": 796.0}
-    values = {"files": {"T1": "t1.hdr"}, "volumes": volumes, "warnings": {}, "has_label": False, "pictures": None}
+    values = {
+        "files": {"T1": "t1.hdr"},
+        "volumes": volumes,
+        "prepared": "",
+        "warnings": {},
+        "has_label": False,
+        "pictures": None,
+    }
     return SubjectReport(subject=subject_id, **(values | changes))
 
 
