@@ -147,8 +147,9 @@ def segment(
     For many subjects, make one `Segmenter` and call it like this function, without settings.
 
     Args:
-        t1, t2: skull-stripped (0 outside the brain), on one grid: paths (`.hdr`, `.nii`, `.nii.gz`), nibabel images, or
-            arrays (X, Y, Z). One may be None: the other is then segmented alone, and the result is on its grid.
+        t1, t2: skull-stripped (0 outside the brain); paths (`.hdr`, `.nii`, `.nii.gz`) or nibabel images, on any grids,
+            or arrays (X, Y, Z) on one. One may be None: the other is then segmented alone, and the result is on its
+            grid.
         affine: for arrays only: 4 x 4, from voxels to RAS mm, with orientation and voxel size.
         settings: see `Segmenter`.
 

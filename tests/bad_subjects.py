@@ -348,12 +348,12 @@ FILES = [
     Case(
         "no-t2",
         damaged("T2", Path.unlink),
-        "has no T2; put subject-no-t2-T2 beside it, or use what is there by --contrasts any$",
+        "has no T2; put subject-no-t2-T2 beside it, or segment and score what is there by --contrasts any$",
     ),
     Case(
         "no-t1",
         damaged("T1", Path.unlink),
-        "has no T1; put subject-no-t1-T1 beside it, or use what is there by --contrasts any$",
+        "has no T1; put subject-no-t1-T1 beside it, or segment and score what is there by --contrasts any$",
     ),
     Case("t1-given-twice", with_values(t2=T1), r"T1 and T2 of this subject are the same scan; give the T2 itself$"),
     Case("no-img", damaged("T1", Path.unlink, ".hdr", ".img"), r"its image .*-T1.img is missing; copy both"),

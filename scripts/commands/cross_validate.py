@@ -76,7 +76,7 @@ def cross_validate(
     files = config_files(overlays)
     configs = {task: ConfigParser.load_config_files(paths) for task, paths in files.items()}
     settings_of = _settings_by_task(settings, configs)
-    dataset = SubjectFolder(dataset_dir)
+    dataset = SubjectFolder(dataset_dir, str(settings.get("contrasts", "both")))
     labeled = dataset.training(())
     dataset.require(labeled, "train")
     for subject in labeled:

@@ -105,7 +105,10 @@ def find_bids_subjects(
             left_out[session] = error
             continue
         if contrasts in CONTRASTS:
-            scans = [scan for scan in scans if scan.suffix in (f"{contrasts}w", "mask")]
+            wanted = [scan for scan in scans if scan.suffix in (f"{contrasts}w", "mask")]
+            if len(wanted) < len(scans) and all(scan.suffix == "mask" for scan in wanted):
+                left_out[session] = f"has no {contrasts}w"
+            scans = wanted
         masks = [scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"]
         t1s, t2s = (_best_versions([scan for scan in scans if scan.suffix == suffix]) for suffix in ("T1w", "T2w"))
         alone = contrasts != "both" and not (t1s and t2s)

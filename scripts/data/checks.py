@@ -97,16 +97,11 @@ def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, path: str) -> None:
         t2: (X, Y, Z), skull-stripped or not.
         path: of T2, for the message.
     """
-    if missing := t2_is_elsewhere(t1, t2):
+    missing = np.mean(~has_values(t1, t2))
+    if missing > LARGEST_SHARE_WITHOUT_T2:
         raise InputError(
             f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and mask both alike"
         )
-
-
-def t2_is_elsewhere(t1: np.ndarray, t2: np.ndarray) -> float:
-    """Return the share of the brain of T1 in which T2 has no values, if that is much of it, else 0."""
-    missing = float(np.mean(~has_values(t1, t2)))
-    return missing if missing > LARGEST_SHARE_WITHOUT_T2 else 0.0
 
 
 def require_contrast(spreads: Mapping[str, float], t1_path: str) -> None:

@@ -11,6 +11,7 @@ import os
 import posixpath
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path, PurePath, PurePosixPath
 from typing import TypedDict
 
@@ -142,7 +143,10 @@ def _walk(root: Path, excluded: Collection[Path], bad: dict[str, InputError]) ->
 def _dicom_file(folder: str) -> Path | None:
     """The first DICOM file in a folder, at any depth; their names have any suffix or none."""
     for path in _walk(Path(folder), (), {}):
-        if path.is_file() and path.stat().st_size > DICOM_MARK[1]:
+        # a file that can't be read isn't known to be one
+        with suppress(OSError):
+            if not path.is_file():
+                continue
             with path.open("rb") as file:
                 file.seek(DICOM_MARK[1])
                 if file.read(len(DICOM_MARK[0])) == DICOM_MARK[0]:
@@ -228,7 +232,7 @@ def _subject(subject_id: str, files: dict[str, Path], contrasts: str) -> Subject
     present = [name for name in wanted if name in files]
     if not present or (contrasts == "both" and len(present) < len(wanted)):
         missing = next(name for name in wanted if name not in files)
-        way_out = ", or use what is there by --contrasts any" if contrasts == "both" and present else ""
+        way_out = ", or segment and score what is there by --contrasts any" if contrasts == "both" and present else ""
         raise InputError(
             f"{next(iter(files.values()))}: subject {subject_id} has no {missing}; "
             f"put subject-{subject_id}-{missing} beside it{way_out}"

@@ -13,13 +13,13 @@ from monai.utils import MetaKeys, SpaceKeys, convert_to_dst_type
 
 from scripts.data.alignment import FEWEST_VOXELS, not_registered
 from scripts.data.checks import (
+    LARGEST_SHARE_WITHOUT_T2,
     exchanged,
     extreme_voxels,
     require_brain_only,
     require_contrast,
     require_label_of_brain,
     require_t2_of_brain,
-    t2_is_elsewhere,
     unlike_its_tissues,
 )
 from scripts.data.hdf5 import read_hdf5
@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # smaller values are rounding errors, not intensities; whole numbers of usual images are never that small
 SMALLEST_SHARE = 1e-6
+# of fewer voxels, `not_registered`, which looks at every eighth, can't tell whether a registration went well
+FEWEST_TO_REGISTER = 12 * FEWEST_VOXELS
 
 
 def _meta_tensor(values: np.ndarray, affine: np.ndarray, path: str) -> MetaTensor:
@@ -169,17 +171,19 @@ class LoadSubjectd(Transform):
             return t1, "", None
         sizes = nib.affines.voxel_sizes(first.affine)
         same_grid = on_same_grid(second.values, second.affine, first.values, first.affine)
-        can_be_judged = np.count_nonzero(t1 > 0) >= FEWEST_VOXELS
+        can_be_judged = np.count_nonzero(t1 > 0) >= FEWEST_TO_REGISTER
         if not same_grid and not ("registration" in self.steps and can_be_judged):
             require_same_grid(second.path, second.values, second.affine, first.path, first.values, first.affine)
         warning = not_registered(t1, second.values, sizes) if same_grid else "T2 is on another grid"
         if not warning or "registration" not in self.steps:
             return second.values, "", warning
+        require_contrast({"T2": np.ptp(second.values)}, second.path)
         # SimpleITK, which takes a tenth of a second and 100 MB, is loaded where it is needed
         from scripts.preparation.registration import register
 
         result = register(second.values, second.affine, t1, first.affine)
-        if result and not t2_is_elsewhere(t1, result.image) and not not_registered(t1, result.image, sizes):
+        covered = result and result.covered >= 1 - LARGEST_SHARE_WITHOUT_T2
+        if covered and not not_registered(t1, result.image, sizes):
             logger.info("%s: registered to T1, %s", second.path, result)
             return result.image, str(result), None
         if same_grid:

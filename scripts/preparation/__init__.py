@@ -15,7 +15,7 @@ def steps_of(prepare: str | Sequence[str]) -> tuple[str, ...]:
     """
     if prepare == "auto":
         return STEPS
-    steps = (prepare,) if isinstance(prepare, str) else tuple(prepare or ())
+    steps = tuple(prepare) if isinstance(prepare, list | tuple) else (prepare,)
     if unknown := [step for step in steps if step not in STEPS]:
         raise InputError(f"--prepare {unknown[0]}: must be auto, or a list of {', '.join(STEPS)}, or [] for nothing")
     return steps

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import nibabel as nib
 import numpy as np
 import SimpleITK as sitk
-from scipy.ndimage import binary_dilation, distance_transform_edt
+from scipy.ndimage import distance_transform_edt
 
 # world axes of ITK run to the left, back and top
 TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -34,12 +34,14 @@ class Registration:
         matrix: 4 x 4, from RAS mm of T1 to RAS mm of T2.
         turn: degrees by which T2 was turned.
         shift: mm by which the middle of the brain was moved.
+        covered: share of the brain in which T2 shows something.
     """
 
     image: np.ndarray
     matrix: np.ndarray
     turn: float
     shift: float
+    covered: float
 
     def __str__(self) -> str:
         return f"turned by {self.turn:.1f} degrees, and moved by {self.shift:.1f} mm in the middle of the brain"
@@ -59,8 +61,7 @@ def register(t2: np.ndarray, t2_affine: np.ndarray, t1: np.ndarray, t1_affine: n
         None if the two don't overlap anywhere, or are too small.
     """
     brain = t1 > 0
-    margin = np.maximum(1, np.round(MARGIN / nib.affines.voxel_sizes(t1_affine))).astype(int)
-    around = binary_dilation(brain, iterations=int(margin.min()))
+    around = distance_transform_edt(~brain, sampling=nib.affines.voxel_sizes(t1_affine)) <= MARGIN
     fixed, moving, mask = _image(t1, t1_affine), _image(t2, t2_affine), _image(around.astype(np.float32), t1_affine)
     try:
         best = _coarse(_at(fixed, COARSE), _at(moving, COARSE), _at(mask, COARSE))
@@ -69,12 +70,14 @@ def register(t2: np.ndarray, t2_affine: np.ndarray, t1: np.ndarray, t1_affine: n
     except RuntimeError:  # of ITK, which has no others
         return None
     matrix = _matrix(best)
+    resampled, shown = _resampled(t2, t2_affine, fixed, best)
     middle = nib.affines.apply_affine(t1_affine, np.argwhere(brain).mean(0))
     angle = np.degrees(np.arccos(np.clip((np.trace(matrix[:3, :3]) - 1) / 2, -1, 1)))
     return Registration(
-        image=_resampled(t2, t2_affine, fixed, best),
+        image=resampled,
         matrix=matrix,
         turn=float(angle),
+        covered=float(shown[brain].mean()),
         shift=float(np.linalg.norm(nib.affines.apply_affine(matrix, middle) - middle)),
     )
 
@@ -89,8 +92,13 @@ def _image(values: np.ndarray, affine: np.ndarray) -> sitk.Image:
     return image
 
 
-def _resampled(t2: np.ndarray, affine: np.ndarray, fixed: sitk.Image, transform: sitk.Transform) -> np.ndarray:
-    """T2 on the grid of another image, (X, Y, Z). The edge of a stripped T2 isn't mixed with the 0 around it."""
+def _resampled(
+    t2: np.ndarray, affine: np.ndarray, fixed: sitk.Image, transform: sitk.Transform
+) -> tuple[np.ndarray, np.ndarray]:
+    """T2 on the grid of another image, and where it shows something, both (X, Y, Z).
+
+    The edge of a stripped T2 isn't mixed with the 0 around it.
+    """
     shown = t2 != 0
     nearest = distance_transform_edt(~shown, return_distances=False, return_indices=True)
     image, mask = (
@@ -98,7 +106,8 @@ def _resampled(t2: np.ndarray, affine: np.ndarray, fixed: sitk.Image, transform:
         # splines keep the noise, which linear interpolation averages away where voxels lie between voxels
         for values, interpolation in ((t2[tuple(nearest)], sitk.sitkBSpline), (shown, sitk.sitkLinear))
     )
-    return np.where(mask > 0, np.clip(image, t2.min(), t2.max()), 0).transpose(2, 1, 0)
+    resampled = np.where(mask > 0, np.clip(image, t2.min(), t2.max()), 0)
+    return resampled.transpose(2, 1, 0), (mask > 0).transpose(2, 1, 0)
 
 
 def _at(image: sitk.Image, size: float) -> sitk.Image:

@@ -85,7 +85,7 @@ def volume_out_of_range(volumes: Mapping[str, float]) -> str | None:
 
 def one_contrast(name: str) -> str:
     """Warn of a subject that was segmented from T1 or T2 alone."""
-    return f"segmented from {name} alone, so with a lower Dice, see docs/settings.md"
+    return f"segmented from {name} alone; docs/README.md (Real infants) says what that costs"
 
 
 def few_foreground_voxels(scan: np.ndarray, voxel_ml: float, name: str = "T1") -> str | None:

@@ -18,6 +18,15 @@ from scripts.training.resume import ResumableTraining
 from scripts.weights import has_weights_of, is_fresh_start, sha256
 
 
+def _require_finite(network: torch.nn.Module, when: str) -> None:
+    """Raise InputError if a weight or a statistic of batch normalisation is NaN or infinite."""
+    if not all(tensor.isfinite().all() for tensor in network.state_dict().values() if tensor.is_floating_point()):
+        raise InputError(
+            f"{when}: the training diverged, weights are NaN or infinite; give a lower --learning_rate, or --precision "
+            f"fp32; checkpoints of earlier steps are as they were"
+        )
+
+
 def _write(network: torch.nn.Module, path: Path) -> None:
     with whole_files(path.parent) as temporary:
         # on the CPU, so that they can be loaded without a GPU
@@ -94,11 +103,7 @@ class DivergenceStopper:
         engine.add_event_handler(last_of_epoch, self.stop)
 
     def stop(self, engine: Engine) -> None:
-        if not all(weights.isfinite().all() for weights in self.network.parameters()):
-            raise InputError(
-                f"epoch {engine.state.epoch}: the training diverged, weights are NaN or infinite; give a lower "
-                f"--learning_rate, or --precision fp32; checkpoints of earlier epochs are as they were"
-            )
+        _require_finite(self.network, f"epoch {engine.state.epoch}")
 
 
 class BestWeightsSaver:
@@ -190,6 +195,7 @@ class StepWeightsSaver:
 
     @idist.one_rank_only()
     def save(self, engine: Engine) -> None:
+        _require_finite(self.network, f"step {engine.state.iteration}")
         _write(self.network, self.output_dir / f"step-{engine.state.iteration}.pt")
         for step in self._steps()[: -self.keep]:
             (self.output_dir / f"step-{step}.pt").unlink()

@@ -78,6 +78,8 @@ def test_bids_sessions_of_one_contrast(tmp_path, pieces):
         ["sub-1_ses-a_T1w.nii.gz", None],
         ["sub-1_ses-c_T1w.nii.gz", None],
     ]
+    assert SubjectFolder(str(dataset), "T1").left_out == {"sub-1_ses-b": "has no T1w"}
+    assert SubjectFolder(str(dataset), "T2").left_out == {"sub-1_ses-a": "has no T2w"}
     output = tmp_path / "derivatives"
     configured(dataset, output, contrasts="any").run()
     assert sorted(path.name for path in output.rglob("*_dseg.nii.gz")) == [

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import displaced, refused_run, save_volume, voxels
+from helpers import displaced, refusal, refused_run, save_volume, voxels
 
+from scripts.data.transforms import LoadSubjectd
 from scripts.results.tables import read_csv
 from scripts.synthesis.contrast import nominal, six_month_subject
 from scripts.synthesis.phantom_brains import label_map
@@ -41,8 +42,8 @@ def test_t2_is_registered_where_it_has_to_be(brain, tmp_path):
     save_pair(data, "same-grid", brain["T1"], np.roll(brain["T2"], 4, axis=2))
     noise = np.random.default_rng(0).integers(1, 300, (90, 90, 90)).astype(np.int16)
     save_pair(data, "another", brain["T1"], noise, affine)
-    refusal = refused_run(data, output)
-    assert "subject-another-T2.nii.gz: couldn't be registered to" in refusal
+    message = refused_run(data, output)
+    assert "subject-another-T2.nii.gz: couldn't be registered to" in message
     labels = {name: voxels(output / f"subject-{name}-label.nii.gz") for name in ("prepared", "raw", "same-grid")}
     for name in ("raw", "same-grid"):
         assert mean_dice(labels[name], brain["label"]) > mean_dice(labels["prepared"], brain["label"]) - 0.02, name
@@ -61,3 +62,19 @@ def test_step_that_does_not_exist(tmp_path, brain):
     save_pair(tmp_path / "data", "1", brain["T1"], brain["T2"])
     message = refused_run(tmp_path / "data", tmp_path / "out", prepare="registred")
     assert message == "--prepare registred: must be auto, or a list of registration, or [] for nothing"
+
+
+def test_t2_that_can_not_be_judged_or_shows_nothing(tmp_path, brain):
+    rng = np.random.default_rng(0)
+    affine = np.diag([-2.0, 2.0, 2.0, 1.0])
+    coarse = {kind: brain[kind][::2, ::2, ::2] for kind in ("T1", "T2")}
+    cases = {
+        "unlike, 2 mm": (coarse["T1"], rng.integers(1, 300, (70, 70, 70)).astype(np.int16), affine, "differs from"),
+        "constant": (brain["T1"], np.full((80, 80, 80), 7, np.int16), LAS, "the T2 of this subject is constant"),
+        "air": (brain["T1"], np.zeros((80, 80, 80), np.int16), LAS, "the T2 of this subject is constant"),
+    }
+    for name, (t1, t2, grid, message) in cases.items():
+        for kind, values in (("T1", t1), ("T2", t2)):
+            save_volume(tmp_path / f"subject-{name}-{kind}.nii.gz", values, grid)
+        image = [str(tmp_path / f"subject-{name}-{kind}.nii.gz") for kind in ("T1", "T2")]
+        assert message in refusal(LoadSubjectd(), {"image": image}), name

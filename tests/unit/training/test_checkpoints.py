@@ -8,7 +8,13 @@ from monai.engines import SupervisedEvaluator
 
 from scripts.errors import InputError
 from scripts.network import SkipDenseSeg
-from scripts.training.checkpoints import BestWeightsSaver, EarlierWeightsKeeper, FoundWeightsValidator, StepWeightsSaver
+from scripts.training.checkpoints import (
+    BestWeightsSaver,
+    DivergenceStopper,
+    EarlierWeightsKeeper,
+    FoundWeightsValidator,
+    StepWeightsSaver,
+)
 
 
 @pytest.fixture
@@ -157,3 +163,23 @@ def test_step_checkpoints_of_an_earlier_training_are_not_replaced(tmp_path):
     with pytest.raises(InputError, match=r"step-6.pt: is of an earlier training; choose another --output_dir"):
         engine.run(range(10))
     assert (tmp_path / "step-6.pt").read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize("kind", ["DivergenceStopper", "StepWeightsSaver"])
+@pytest.mark.parametrize("name", ["weight", "running_var"])
+def test_network_that_is_not_finite_is_not_written(tmp_path, kind, name):
+    network = torch.nn.BatchNorm3d(2)
+
+    def step(engine, batch):
+        if engine.state.iteration == 3:
+            getattr(network, name).data[1] = torch.nan
+
+    engine = Engine(step)
+    handler = (
+        DivergenceStopper(network) if kind == "DivergenceStopper" else StepWeightsSaver(tmp_path, network, 1, 9, False)
+    )
+    handler.attach(engine)
+    where = "epoch 2" if kind == "DivergenceStopper" else "step 3"
+    with pytest.raises(InputError, match=f"^{where}: the training diverged, weights are NaN or infinite; give a lower"):
+        engine.run([0, 0], max_epochs=3)
+    assert {path.name for path in tmp_path.iterdir()} <= {"step-1.pt", "step-2.pt"}
