@@ -108,7 +108,7 @@ def test_one_pass_is_as_good_as_overlapping_windows(synthetic_brain, trained_net
             for inferer in (LargestWindowInferer(), SlidingWindowInferer([64, 64, 64], overlap=0.5, mode="gaussian"))
         )
     assert mean_dice(ours, truth) == pytest.approx(mean_dice(windows, truth), abs=0.002)
-    assert mean_dice(ours, truth) > 0.9
+    assert mean_dice(ours, truth) > 0.85
 
 
 @pytest.mark.slow
