@@ -26,6 +26,7 @@ def brain() -> dict[str, np.ndarray]:
     ("angles", "shift", "sizes"),
     [
         ((10, 0, 0), (15, 0, 0), (1, 1, 1)),
+        pytest.param((0, 10, 5), (5, 10, 0), (1, 1, 1), marks=pytest.mark.slow),
         pytest.param((-12, 20, 15), (-20, 30, 10), (0.9, 0.9, 1.2), marks=pytest.mark.slow),
         pytest.param((0, 0, 0), (0, 0, 0), (1, 1, 3), marks=pytest.mark.slow),
     ],
