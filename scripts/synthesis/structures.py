@@ -127,11 +127,17 @@ def _signed(inside: np.ndarray) -> np.ndarray:
     return np.where(inside, 0.5 - distance_transform_edt(inside), distance_transform_edt(~inside) - 0.5)
 
 
-def read_structure_map(path: str | Path) -> StructureMap:
-    """Read a label map of a head or a brain.
+def read_head(path: str | Path) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Read a label map of a head or a brain, on axes to the right, the front and the top.
+
+    CSF of the spinal canal and single voxels in the neck aren't of the brain.
 
     Args:
         path: Analyze or NIfTI, with FreeSurfer's numbers, or with those of three tissues (0 to 3 or iSeg's values).
+
+    Returns:
+        uint8 (X, Y, Z) each: the number of the structure, 0 outside the brain; the label of the head around the brain,
+        from 1, by its place in OUTER_LABELS; where the spinal CSF is.
 
     Raises:
         InputError: as `read_volume`, a number isn't known, a tissue is missing, or the voxels aren't near 1 mm.
@@ -140,16 +146,29 @@ def read_structure_map(path: str | Path) -> StructureMap:
     values, affine = read_volume(str(path))
     structures, outer = _structures_and_outer(values, path)
     require_usable(path, TISSUE_OF[structures], affine)
-    image = nib.as_closest_canonical(nib.Nifti1Image(structures, affine))
-    outer = nib.as_closest_canonical(nib.Nifti1Image(outer, affine)).get_fdata(dtype=np.float32).astype(np.uint8)
-    structures = np.pad(np.asarray(image.dataobj), RIM)
-    # CSF of the spinal canal and single voxels in the neck
+    structures, outer = (
+        np.asarray(nib.as_closest_canonical(nib.Nifti1Image(each, affine)).dataobj) for each in (structures, outer)
+    )
     parts, _ = label(structures)
-    structures[parts != np.bincount(parts[parts > 0]).argmax()] = 0
-    structures[distance_transform_edt(TISSUE_OF[structures] <= Tissue.CSF) > CSF_AROUND] = 0
+    brain = parts == np.bincount(parts[parts > 0]).argmax()
+    brain &= distance_transform_edt(TISSUE_OF[structures * brain] <= Tissue.CSF) <= CSF_AROUND
+    return structures * brain, outer, ((structures > 0) & ~brain).astype(np.uint8)
+
+
+def read_structure_map(path: str | Path) -> StructureMap:
+    """Read a label map of a head or a brain, and measure its boundaries.
+
+    Args:
+        path: see `read_head`.
+
+    Raises:
+        InputError: as `read_head`.
+    """
+    structures, outer, _ = read_head(path)
+    structures, outer = np.pad(structures, RIM), np.pad(outer, RIM)
     box = find_objects((structures > 0).view(np.uint8))[0]
     box = tuple(slice(side.start - RIM, side.stop + RIM) for side in box)
-    structures, outer = structures[box], np.pad(outer, RIM)[box]
+    structures, outer = structures[box], outer[box]
     tissue = TISSUE_OF[structures]
     distances, nearest = [], []
     for which in Tissue:
@@ -163,7 +182,7 @@ def read_structure_map(path: str | Path) -> StructureMap:
         [gaussian_filter(each, 0.4) for each in (white, _signed(tissue > Tissue.CSF), _signed(tissue > 0))]
     )
     return StructureMap(
-        name=label_map_name(path),
+        name=label_map_name(Path(path)),
         boundaries=boundaries.astype(np.float16),
         nearest=np.stack(nearest),
         outer=outer,

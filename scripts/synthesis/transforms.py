@@ -10,6 +10,7 @@ from monai.utils import convert_to_dst_type
 from tqdm import tqdm
 
 from scripts.errors import require_share
+from scripts.synthesis.heads import draw_head, read_head_map
 from scripts.synthesis.infants import draw_scan, draw_shape
 from scripts.synthesis.label_maps import find_label_maps
 from scripts.synthesis.structures import read_structure_map
@@ -46,6 +47,32 @@ class RandInfantPatchd(RandomizableTransform):
             result["image"] = convert_to_dst_type(scan.normalized(), result["image"])[0]
             result["label"] = convert_to_dst_type(scan.label[None], result["label"])[0]
         return result
+
+
+class RandHeadd(RandomizableTransform):
+    """Make `image` (1, X, Y, Z), a part of a head of any contrast, and `label` (1, X, Y, Z), the mask of its brain.
+
+    Each is of a random label map, see `scripts.synthesis.heads`. All maps are read once, about 5 s and 17 MB each.
+
+    Args:
+        labels_dir: label maps of whole heads with FreeSurfer's numbers.
+        size: voxels of 2 mm along each axis.
+        names: label maps to use, the setting heads, without suffix; all by default.
+
+    Raises:
+        InputError: as `find_label_maps` and `read_head_map`.
+    """
+
+    def __init__(self, labels_dir: str, size: Sequence[int], names: Sequence[str] | None = None) -> None:
+        super().__init__()
+        self.size = tuple(size)
+        paths = find_label_maps(labels_dir, names, option="heads")
+        self._maps = [read_head_map(path) for path in tqdm(paths, desc="label maps")]
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        rng = np.random.default_rng(self.R.randint(2**32, dtype=np.uint64))
+        image, label = draw_head(self._maps[rng.integers(len(self._maps))], rng, self.size)
+        return dict(data) | {"image": image, "label": label}
 
 
 class RandDropContrastd(RandomizableTransform):
