@@ -155,7 +155,7 @@ def segment(
 
     Raises:
         InputError: both are None, an array has no affine, or a file or image is given one; or as `Segmenter`,
-            `scripts.data.transforms.LoadSubjectd` and `NormalizeByT1Maskd`.
+            the transforms of `preprocessing` in configs/inference.json.
     """
     return Segmenter(**settings)(t1, t2, affine)
 

@@ -41,7 +41,7 @@ LEAST = {
 }
 # images with nearly a subject's name that are logged one by one
 MOST_UNUSED = 10
-TRUE_OR_FALSE = ("probabilities", "stop_at_bad_subject")
+TRUE_OR_FALSE = ("probabilities", "stop_at_bad_subject", "save_prepared")
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,9 @@ from scipy.spatial.transform import Rotation
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.tensorboard import SummaryWriter
 
+from scripts.data.transforms import CheckSubjectd, LoadSubjectd
 from scripts.errors import input_error_in
+from scripts.preparation.transforms import FindBraind, RegisterT2d
 from scripts.results.label_images import write_analyze
 from scripts.results.tables import read_csv
 from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
@@ -63,6 +65,13 @@ def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> str:
             return str(input_error)
         raise
     return pytest.fail("it was accepted")
+
+
+def read_subject(subject: dict[str, Any], prepare: str | list[str] = "auto") -> dict[str, Any]:
+    """A subject after the first steps of the configs, up to its own grid."""
+    for transform in (LoadSubjectd(), FindBraind(prepare), RegisterT2d(prepare), CheckSubjectd()):
+        subject = transform(subject)
+    return subject
 
 
 def refused_run(dataset: Path, output: Path, *configs: str, **settings: Any) -> str:

@@ -10,19 +10,23 @@ from tqdm import tqdm
 
 from scripts.data.checks import require_found_brain
 from scripts.data.subjects import Ids, Subject, SubjectFolder
-from scripts.data.transforms import LoadSubjectd, NormalizeByT1Maskd
+from scripts.data.transforms import CheckSubjectd, LoadSubjectd, NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.files import whole_files
+from scripts.preparation.transforms import FindBraind, RegisterT2d
 
 TRAINING_FOLDER = "data_train_no_cut"
 VALIDATION_FOLDER = "data_val_no_cut"
 PUBLISHED_MARGIN = 32  # voxels around the box of T1 > 0
 
-# to the grid and the box of the published files; the first three steps are those of train.json
+# to the grid and the box of the published files; all steps but the last are those of train.json
 published_volume = Compose(
     [
         LoadSubjectd(),
-        Orientationd(["image", "label"], axcodes="LAS", labels=(("L", "R"), ("P", "A"), ("I", "S"))),
+        FindBraind(),
+        RegisterT2d(),
+        CheckSubjectd(),
+        Orientationd(["image", "label"], axcodes="LAS", labels=None),
         Spacingd(
             ["image", "label"],
             pixdim=(1.0, 1.0, 1.0),
@@ -81,7 +85,7 @@ def prepare_hdf5(dataset_dir: str, output_dir: str, val_subjects: Ids = (9,)) ->
 
     Raises:
         InputError: a subject has a file in the other folder, or another file with its name exists; no subject is
-            labelled; or as `SubjectFolder.validation`, `LoadSubjectd`, `NormalizeByT1Maskd` and `require_found_brain`.
+            labelled; or as `SubjectFolder.validation`, `CheckSubjectd`, `NormalizeByT1Maskd` and `require_found_brain`.
     """
     output = Path(output_dir)
     if output.resolve().is_relative_to(Path(dataset_dir).resolve()):

@@ -84,7 +84,7 @@ def find_bids_subjects(
 
     Returns:
         The subjects, and by id the reasons why others with a T1w or T2w are left out. A reason is an InputError if a
-        folder or a JSON file can't be read. It is one for a whole session if a file belongs to another subject or
+        folder can't be read. It is one for a whole session if a file belongs to another subject or
         session, or exists both as `.nii` and as `.nii.gz`.
     """
     root = Path(dataset_dir)
@@ -134,15 +134,11 @@ def find_bids_subjects(
 
 def _reason_to_leave_out(
     t1: _Scan, t2: _Scan | None, masks: Collection[_Scan], scans: Collection[_Scan], alone: bool
-) -> str | InputError | None:
+) -> str | None:
     """Why a T1w with its T2w and masks isn't a subject.
 
     `scans` are all T1w and T2w of the session. If `alone`, a T1w or T2w is a subject by itself.
     """
-    try:
-        unstripped = not masks and any(_marked_unstripped(scan.path) for scan in (t1, t2) if scan)
-    except InputError as error:
-        return error
     if t2 is None and not alone and all(scan.suffix == "T1w" for scan in scans):
         return "has no T2w; --contrasts any segments its T1w alone"
     if t2 is None and not alone:
@@ -152,16 +148,6 @@ def _reason_to_leave_out(
         return (
             f"has {' and '.join(scan.path.name for scan in masks)}; keep the one on the grid of {t1.path.name}, or "
             "name it like that scan: with its space-, or without one"
-        )
-    if t2 and not masks and (t1.entities.get("desc") == "brain") != (t2.entities.get("desc") == "brain"):
-        return (
-            f"has only one of {t1.path.name} and {t2.path.name} as desc-brain; strip both scans, or put a mask beside "
-            "them, named like the T1w but desc-brain_mask"
-        )
-    if unstripped:
-        return (
-            "isn't skull-stripped, as its .json says; put a mask beside it, named like the T1w but desc-brain_mask, or "
-            "a skull-stripped T1w and T2w named desc-brain"
         )
     return None
 
@@ -218,12 +204,6 @@ def _partner(t1: _Scan, t1s: Collection[_Scan], t2s: Collection[_Scan]) -> _Scan
         if len(rivals) == len(partners) == 1:
             return partners[0]
     return None
-
-
-def _marked_unstripped(path: Path) -> bool:
-    """Whether the JSON file beside an image says that it isn't skull-stripped; derivative datasets must say so."""
-    sidecar = read_json(path.parent / f"{path.name.split('.')[0]}.json")
-    return isinstance(sidecar, dict) and sidecar.get("SkullStripped") is False
 
 
 def read_json(path: Path) -> Any:

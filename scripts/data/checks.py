@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import numpy as np
 from scipy.stats import skew
 
-from scripts.data.alignment import FEWEST_VOXELS, LARGEST_NEGATIVE_SHARE, has_values
+from scripts.data.alignment import FEWEST_VOXELS, LARGEST_NEGATIVE_SHARE, SAME, has_values
 from scripts.errors import InputError
 from scripts.tissues import Tissue
 
@@ -17,6 +17,8 @@ LARGEST_BRAIN = 2000
 # largest share of the brain without T2, where a label would be a guess; two masks of one brain differ by less, and the
 # report warns of less
 LARGEST_SHARE_WITHOUT_T2 = 0.25
+# share of the voxels outside the brain in which a stripped T2 may show something: masks differ, and boxes are tight
+LARGEST_SHARE_SHOWN = 0.2
 # largest share of a label outside the brain; a fifth of it gives a warning
 LARGEST_SHARE_OUTSIDE = 0.25
 # CSF is a tail of dark voxels in T1 and of bright ones in T2, so T1 is skewed to the left of T2: by 0.4 and more on
@@ -102,6 +104,16 @@ def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, path: str) -> None:
         raise InputError(
             f"{path}: T2 shows nothing in {missing:.0%} of the brain of T1; register it to T1, and mask both alike"
         )
+
+
+def shows_more(t1: np.ndarray, t2: np.ndarray) -> bool:
+    """Return whether a T2 (X, Y, Z) isn't skull-stripped, unlike its T1, which is above 0 only in the brain."""
+    brain = t1 > 0
+    outside = t2[~brain]
+    if not outside.size:
+        return False
+    differs = np.abs(outside - np.median(outside[::16])) > SAME * float(t2[brain].std())
+    return bool(differs.mean() > LARGEST_SHARE_SHOWN)
 
 
 def require_contrast(spreads: Mapping[str, float], t1_path: str) -> None:

@@ -47,20 +47,22 @@ class Registration:
         return f"turned by {self.turn:.1f} degrees, and moved by {self.shift:.1f} mm in the middle of the brain"
 
 
-def register(t2: np.ndarray, t2_affine: np.ndarray, t1: np.ndarray, t1_affine: np.ndarray) -> Registration | None:
+def register(
+    t2: np.ndarray, t2_affine: np.ndarray, t1: np.ndarray, t1_affine: np.ndarray, brain: np.ndarray
+) -> Registration | None:
     """Register a T2 to a T1 by a rigid transform.
 
     Many starts are compared on a coarse grid, so that they may be 30 degrees and 40 mm apart.
 
     Args:
         t2: intensities (X, Y, Z), skull-stripped or not.
-        t1: intensities (X, Y, Z), above 0 in the brain; the head may be shown or not.
+        t1: intensities (X, Y, Z), skull-stripped or not.
         t2_affine, t1_affine: 4 x 4, from voxels to RAS mm.
+        brain: where T1 shows the brain, bool (X, Y, Z).
 
     Returns:
         None if the two don't overlap anywhere, or are too small.
     """
-    brain = t1 > 0
     around = distance_transform_edt(~brain, sampling=nib.affines.voxel_sizes(t1_affine)) <= MARGIN
     fixed, moving, mask = _image(t1, t1_affine), _image(t2, t2_affine), _image(around.astype(np.float32), t1_affine)
     try:

@@ -21,6 +21,7 @@ from PIL import Image
 from scripts.distributed import gathered
 from scripts.files import whole_files
 from scripts.report.plots import box_plots, learning_curves, training_history
+from scripts.report.prepared import draw_prepared, what_was_prepared
 from scripts.report.viewer import LABEL_STEP, OPAQUE_UNCERTAINTY, UNCERTAINTY_STEP, Pictures, draw_pictures
 from scripts.report.warnings import DEVIATIONS, SIX_MONTHS, SOURCE, find_warnings, usual_range
 from scripts.results.metrics import tissue_volumes
@@ -52,7 +53,8 @@ class SubjectReport:
         subject: the id.
         files: names of T1, T2 and so on.
         volumes: see `scripts.results.metrics.tissue_volumes`.
-        prepared: what was done to the scans before they were segmented.
+        prepared: what was done to the scans before they were segmented, see `what_was_prepared`.
+        prepared_picture: see `draw_prepared`; None beyond MOST_VIEWERS too.
         warnings: messages by kind, see `scripts.report.warnings.find_warnings`.
         has_label: whether there is a label to compare with.
         pictures: None beyond MOST_VIEWERS.
@@ -61,7 +63,8 @@ class SubjectReport:
     subject: str
     files: dict[str, str]
     volumes: dict[str, float]
-    prepared: str
+    prepared: list[str]
+    prepared_picture: bytes | None
     warnings: dict[str, str]
     has_label: bool
     pictures: Pictures | None
@@ -79,15 +82,15 @@ def report_subject(item: Mapping[str, Any], with_pictures: bool = True) -> Subje
         subject=item["subject"],
         files={name: Path(path).name for name, path in files.items()},
         volumes=volumes,
-        prepared=f"T2 was registered to T1: {moved}."
-        if t2 is not None and (moved := t2.meta.get("registered"))
-        else "",
+        prepared=what_was_prepared(item),
+        prepared_picture=draw_prepared(item) if with_pictures else None,
         warnings=find_warnings(
             {contrast: canonical(t1)} | ({} if t2 is None else {"T2": canonical(t2)}),
             canonical(prediction),
             volumes,
             canonical_voxel_size(t1),
             None if t2 is None else t2.meta.get("not_registered"),
+            item["head"].meta["at_edge"] if "head" in item else None,
         ),
         has_label=label is not None,
         pictures=draw_pictures(t1, t2, prediction, label, item.get("uncertainty")) if with_pictures else None,
@@ -239,7 +242,9 @@ class ReportSaver(BackgroundWriter):
         subjects = list({subject.subject: subject for subject in gathered(self.subjects)}.values())
         if idist.get_rank() > 0:
             return
-        subjects[MOST_VIEWERS:] = [replace(subject, pictures=None) for subject in subjects[MOST_VIEWERS:]]
+        subjects[MOST_VIEWERS:] = [
+            replace(subject, pictures=None, prepared_picture=None) for subject in subjects[MOST_VIEWERS:]
+        ]
         scores = {row["subject"]: row for row in (read_csv(self.scores) if self.scores else [])}
         page = render(subjects, engine.state.provenance, scores, training_history(self.output_dir))
         with whole_files(self.output_dir) as temporary:

@@ -64,7 +64,7 @@ def draw_pictures(
     """Draw the brain's box and a margin of a voxel, in 1 mm cubes with the value of the voxel at their centre.
 
     Args:
-        t1, t2: intensities, (1, X, Y, Z), with an affine. Without `t2`, `t1` is the only contrast, see `LoadSubjectd`.
+        t1, t2: intensities, (1, X, Y, Z), with an affine. Without `t2`, `t1` is the only contrast, see `CheckSubjectd`.
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
         label: the true labels, on the same grid.
         uncertainty: from 0 to 1, on the same grid.
@@ -96,7 +96,7 @@ def draw_pictures(
     truth = None if label is None else on_grid(label).astype(np.uint8)
     labels = LABEL_STEP * (segmented if truth is None else segmented + 4 * truth)
     layers = {name: shaded(values) for name, values in scans.items()}
-    layers["labels"] = _encoded(side_by_side(labels), "WEBP", lossless=True, quality=0, method=1)
+    layers["labels"] = encoded(side_by_side(labels), "WEBP", lossless=True, quality=0, method=1)
     uncertain = None
     if uncertainty is not None:
         uncertain = np.round(255 * on_grid(uncertainty)).astype(np.uint8)
@@ -125,8 +125,8 @@ def _coarser(values: np.ndarray) -> np.ndarray:
     return padded.reshape(split).mean((1, 3, 5)).round().astype(np.uint8)
 
 
-def _encoded(picture: np.ndarray, kind: str, **options: Any) -> bytes:
-    """A grey or RGB picture in a file format of Pillow."""
+def encoded(picture: np.ndarray, kind: str, **options: Any) -> bytes:
+    """Return a grey or RGB picture in a file format of Pillow."""
     content = io.BytesIO()
     Image.fromarray(picture).save(content, kind, **options)
     return content.getvalue()
@@ -135,7 +135,7 @@ def _encoded(picture: np.ndarray, kind: str, **options: Any) -> bytes:
 def _within(largest: int, picture: np.ndarray, kind: str, **options: Any) -> bytes:
     """A picture in the best of QUALITIES that takes at most `largest` bytes, else in the last."""
     for quality in QUALITIES:
-        content = _encoded(picture, kind, quality=quality, **options)
+        content = encoded(picture, kind, quality=quality, **options)
         if len(content) <= largest:
             break
     return content
@@ -161,7 +161,7 @@ def _static(
         gap = 2 * STATIC_SCALE
         return np.concatenate([np.pad(p, ((tallest - len(p), 0), (0, gap), (0, 0))) for p in painted], axis=1)
 
-    edges = [_outlines(plane) for plane in planes(segmented)]
+    edges = [outlines(plane) for plane in planes(segmented)]
     rows = [row(scan, [edge > 0 for edge in edges], [colors[edge] for edge in edges]) for scan in scans]
     if truth is not None:
         rows.append(row(scans[0], planes(segmented != truth), 3 * [to_rgb(DISAGREEMENT_COLOR)]))
@@ -173,8 +173,8 @@ def _static(
     return (255 * np.concatenate(rows)).round().astype(np.uint8)
 
 
-def _outlines(labels: np.ndarray) -> np.ndarray:
-    """The borders in a slice of labels: the higher label of the two that meet, 0 elsewhere.
+def outlines(labels: np.ndarray) -> np.ndarray:
+    """Return the borders in a slice of labels: the higher label of the two that meet, 0 elsewhere.
 
     The slice must have background at its margin.
     """

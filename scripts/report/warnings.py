@@ -21,6 +21,8 @@ LARGEST_USUAL_BRAIN = sum(mean + DEVIATIONS * deviation for mean, deviation in S
 # share of the voxels on the faces of the volume where T1 may be above 0: 1 in 100 for a brain cut to its box; a head is
 # cut off at the neck, and noise in the air is everywhere
 LARGEST_SHARE_OF_FACES = 0.1
+# mm² of a brain found in a raw scan that may lie on the faces of the volume
+LARGEST_AT_EDGE = 200
 # share of the brain that may be labelled background: none is in iSeg's labels and in those of phantoms
 LARGEST_BACKGROUND = 0.05
 # share of the brain that may lack T2: on iSeg's scans T1 and T2 differ by a voxel here and there
@@ -45,6 +47,7 @@ def find_warnings(
     volumes: Mapping[str, float],
     voxel_size: np.ndarray,
     not_registered: str | None = None,
+    brain_at_edge: float | None = None,
 ) -> dict[str, str]:
     """Return the warnings of a subject, by kind.
 
@@ -54,6 +57,7 @@ def find_warnings(
         volumes: see `scripts.results.metrics.tissue_volumes`.
         voxel_size: sides in mm.
         not_registered: why T2 doesn't seem to be registered to T1, if so.
+        brain_at_edge: mm² of the brain on the faces of the volume, if the brain was found in a raw scan.
     """
     voxel_ml = float(voxel_size.prod()) / 1000
     name, first = next(iter(scans.items()))
@@ -62,7 +66,9 @@ def find_warnings(
         "volume out of range": volume_out_of_range(volumes),
         "few foreground voxels": few_foreground_voxels(first, voxel_ml, name),
         "brain left unlabelled": brain_left_unlabelled(first, prediction),
-        "not skull-stripped": not_skull_stripped(first, voxel_ml, name),
+        "not skull-stripped": not_skull_stripped(first, voxel_ml, name) if brain_at_edge is None else None,
+        "large brain": None if brain_at_edge is None else large_brain(first, voxel_ml),
+        "brain cut off": None if brain_at_edge is None else brain_cut_off(brain_at_edge),
         "T2 missing": t2_missing(*scans.values()) if len(scans) == 2 else None,
         "T2 not registered": not_registered,
         "T1 and T2 exchanged": exchanged(*scans.values()) if len(scans) == 2 else None,
@@ -108,6 +114,21 @@ def not_skull_stripped(scan: np.ndarray, voxel_ml: float, name: str = "T1") -> s
     faces = [np.moveaxis(scan, axis, 0)[[0, -1]] for axis in range(3)]
     share = sum(np.count_nonzero(face > 0) for face in faces) / sum(face.size for face in faces)
     return f"{name} is above 0 on {share:.0%} of the faces of its volume" if share > LARGEST_SHARE_OF_FACES else None
+
+
+def large_brain(scan: np.ndarray, voxel_ml: float) -> str | None:
+    """Warn of a brain, found in a raw scan, that is larger than at 6 months."""
+    volume = np.count_nonzero(scan > 0) * voxel_ml
+    if volume <= LARGEST_USUAL_BRAIN:
+        return None
+    return f"the brain found has {volume:.0f} ml, and one at 6 months up to {LARGEST_USUAL_BRAIN:.0f}; see its outline"
+
+
+def brain_cut_off(at_edge: float) -> str | None:
+    """Warn of a brain, found in a raw scan, that reaches the faces of the volume, by the mm² there."""
+    if at_edge <= LARGEST_AT_EDGE:
+        return None
+    return f"the brain found reaches the edge of the scan on {at_edge / 100:.0f} cm², so a part of it may be missing"
 
 
 def t2_missing(t1: np.ndarray, t2: np.ndarray) -> str | None:

@@ -13,13 +13,21 @@ def derivative_path(anat: str, subject: str, what: str, suffix: str) -> PurePath
     Args:
         anat: the folder of the scans within their dataset, as in `BidsSubject`.
         subject: the id.
-        what: 'label', 'probability-csf', '-gm', '-wm', or 'uncertainty', for which BIDS has no name.
-        suffix: '.nii.gz' or '.nii'; a '.png' goes to the folder `figures` beside `anat`.
+        what: 'label', 'probability-csf', '-gm', '-wm', 'brain-mask', 'T2-registered', 'T2-to-T1', or 'uncertainty',
+            for which BIDS has no name.
+        suffix: '.nii.gz', '.nii' or '.txt'; a '.png' goes to the folder `figures` beside `anat`.
     """
     if what.startswith("probability-"):
         ending = f"label-{what.removeprefix('probability-').upper()}_desc-{DESC}_probseg"
     else:
-        ending = {"label": f"desc-{DESC}_dseg", "uncertainty": f"desc-{DESC}_uncertainty"}[what]
+        space = "" if "_space-" in subject else "space-T1w_"
+        ending = {
+            "label": f"desc-{DESC}_dseg",
+            "uncertainty": f"desc-{DESC}_uncertainty",
+            "brain-mask": "desc-brain_mask",
+            "T2-registered": f"{space}desc-{DESC}_T2w",
+            "T2-to-T1": f"from-T2w_to-T1w_mode-image_desc-{DESC}_xfm",
+        }[what]
     folder = PurePath(anat)
     return (folder.with_name("figures") if suffix == ".png" else folder) / f"{subject}_{ending}{suffix}"
 

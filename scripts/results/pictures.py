@@ -67,7 +67,7 @@ def segmentation_picture(
     """Draw slices near the middle of the brain: a column for the scan, one for the segmentation, and one for the label.
 
     Args:
-        t1: intensities of T1, (1, X, Y, Z), with an affine; or of the T2 of a subject without T1, see `LoadSubjectd`.
+        t1: intensities of T1, (1, X, Y, Z), with an affine; or of the T2 of a subject without T1, see `CheckSubjectd`.
         prediction: labels 0 background, 1 CSF, 2 GM, 3 WM, on the same grid.
         label: the true labels, if known; a further column then marks the voxels where the two disagree.
         title: the line above the picture.

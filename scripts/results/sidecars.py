@@ -13,6 +13,8 @@ DESCRIPTIONS = {
     "probability-csf": "Probability of cerebrospinal fluid",
     "probability-gm": "Probability of gray matter",
     "probability-wm": "Probability of white matter",
+    "brain-mask": "Brain in which tissues were labelled",
+    "T2-registered": "T2w, registered to the T1w by a rigid transform",
     "uncertainty": "How uncertain the label is, from 0 (certain) to 1 (all classes equally probable)",
 }
 

@@ -148,7 +148,7 @@ def _class_of(label: int) -> int:
 
 
 def _shown(classes: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """Where the scan shows something, bool (X, Y, Z): cut at the edge of the field, defaced or skull-stripped in some."""
+    """Where the scan shows something, bool (X, Y, Z): some are cut off, defaced or skull-stripped."""
     shown = torch.ones_like(classes, dtype=torch.bool)
     size = classes.shape
     for axis in rng.permutation(3)[: rng.choice(3, p=[0.4, 0.4, 0.2])]:

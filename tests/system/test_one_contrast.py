@@ -6,10 +6,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from helpers import bids_errors, configured, refused_run, save_bids, save_subject, voxels
+from helpers import bids_errors, configured, read_subject, refused_run, save_bids, save_subject, voxels
 
 from scripts.data.subjects import SubjectFolder
-from scripts.data.transforms import LoadSubjectd, NormalizeByT1Maskd
+from scripts.data.transforms import NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.results.tables import read_csv
 from scripts.segment import Segmenter
@@ -92,9 +92,9 @@ def test_bids_sessions_of_one_contrast(tmp_path, pieces):
 
 
 def test_missing_channel_is_what_training_makes_of_it(scans):
-    both = NormalizeByT1Maskd("image")(LoadSubjectd()(SubjectFolder(str(scans), "any").subjects[3]))["image"]
+    both = NormalizeByT1Maskd("image")(read_subject(SubjectFolder(str(scans), "any").subjects[3]))["image"]
     for subject, channel in zip(SubjectFolder(str(scans), "any").subjects[:2], (0, 1), strict=True):
-        loaded = NormalizeByT1Maskd("image")(LoadSubjectd()(subject))
+        loaded = NormalizeByT1Maskd("image")(read_subject(subject))
         assert "t2" not in loaded
         assert not loaded["image"][1 - channel].any()
         assert loaded["image"][channel].std() > 0

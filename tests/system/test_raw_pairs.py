@@ -4,9 +4,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import displaced, refusal, refused_run, save_volume, voxels
+from helpers import displaced, read_subject, refusal, refused_run, save_volume, voxels
 
-from scripts.data.transforms import LoadSubjectd
 from scripts.results.tables import read_csv
 from scripts.synthesis.contrast import nominal, six_month_subject
 from scripts.synthesis.phantom_brains import label_map
@@ -61,7 +60,7 @@ def test_t2_is_registered_where_it_has_to_be(brain, tmp_path):
 def test_step_that_does_not_exist(tmp_path, brain):
     save_pair(tmp_path / "data", "1", brain["T1"], brain["T2"])
     message = refused_run(tmp_path / "data", tmp_path / "out", prepare="registred")
-    assert message == "--prepare registred: must be auto, or a list of registration, or [] for nothing"
+    assert message == "--prepare registred: must be auto, or a list of brain_mask, registration, or [] for nothing"
 
 
 def test_t2_that_can_not_be_judged_or_shows_nothing(tmp_path, brain):
@@ -77,4 +76,4 @@ def test_t2_that_can_not_be_judged_or_shows_nothing(tmp_path, brain):
         for kind, values in (("T1", t1), ("T2", t2)):
             save_volume(tmp_path / f"subject-{name}-{kind}.nii.gz", values, grid)
         image = [str(tmp_path / f"subject-{name}-{kind}.nii.gz") for kind in ("T1", "T2")]
-        assert message in refusal(LoadSubjectd(), {"image": image}), name
+        assert message in refusal(read_subject, {"image": image}), name

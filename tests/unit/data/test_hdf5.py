@@ -9,13 +9,12 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, refusal
+from helpers import ROOT, read_subject, refusal
 from monai.bundle import ConfigParser
 from monai.transforms import Compose
 
 from scripts.data.hdf5 import read_hdf5
 from scripts.data.subjects import SubjectFolder
-from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 
 TRAIN = str(ROOT / "configs" / "train.json")
@@ -62,7 +61,7 @@ def test_network_gets_the_same_array_as_from_the_images(hdf5_scans, hdf5_prepare
 
 
 def test_volume_lies_on_the_axes_of_iseg(hdf5_prepared, brains):
-    loaded = LoadSubjectd()(subject_in(hdf5_prepared, "9"))
+    loaded = read_subject(subject_in(hdf5_prepared, "9"))
     assert loaded["image"].affine.tolist() == np.diag([-1.0, 1, 1, 1]).tolist()
     brain = brains[1]["T1"] > 0
     low, high = (np.argwhere(brain).min(0), np.argwhere(brain).max(0) + 1)
@@ -280,4 +279,4 @@ def test_volume_without_a_brain(own_file):
     replace(own_file, "label", np.zeros((1, 1, 4, 4, 4), np.uint8))
     replace(own_file, "data", np.zeros((1, 2, 4, 4, 4), np.float32))
     with pytest.raises(InputError, match="T1 is nowhere above 0"):
-        LoadSubjectd()(subject_in(own_file.parent))
+        read_subject(subject_in(own_file.parent))

@@ -4,13 +4,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import save_subject, save_volume
+from helpers import read_subject, save_subject, save_volume
 from monai.data import CacheDataset, DataLoader, Dataset, MetaTensor
 from monai.transforms import AsDiscreted, Spacingd
 from scipy.ndimage import gaussian_filter
 
 from scripts.data.subjects import SubjectFolder
-from scripts.data.transforms import LoadSubjectd, MostLikelyTissued, NormalizeByT1Maskd
+from scripts.data.transforms import MostLikelyTissued, NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.tissues import tissue_labels
 
@@ -63,7 +63,7 @@ def test_exchanged_scans_and_labels_of_another_order_are_reported(brains, tmp_pa
     }
     for number, (volumes, expected) in enumerate(cases.values()):
         caplog.clear()
-        LoadSubjectd()(subject_of(tmp_path / str(number), **volumes))
+        read_subject(subject_of(tmp_path / str(number), **volumes))
         assert bool(caplog.messages) == bool(expected), caplog.messages
         if expected:
             assert re.search(expected, caplog.messages[0]), caplog.messages
@@ -77,7 +77,7 @@ def test_extreme_voxels_are_reported(brains, tmp_path, caplog, kind, count, valu
     inside = np.argwhere(brain["T1"] > 0)
     chosen = inside[np.random.default_rng(0).choice(len(inside), count, replace=False)]
     brain[kind][tuple(chosen.T)] = value
-    LoadSubjectd()(subject_of(tmp_path, **brain))
+    read_subject(subject_of(tmp_path, **brain))
     assert any(
         re.search(rf"most extreme voxels of {kind}, .*{value}.*, distort its normalisation", message)
         for message in caplog.messages
@@ -87,10 +87,10 @@ def test_extreme_voxels_are_reported(brains, tmp_path, caplog, kind, count, valu
 @pytest.mark.parametrize("rest", [1e-10, -1e-10, 3e-5])
 def test_residue_of_interpolation_in_the_air_is_air(brains, tmp_path, rest):
     brain = {kind: brains[0][kind].astype(np.float32) for kind in ("T1", "T2")}
-    clean = LoadSubjectd()(subject_of(tmp_path / "clean", **brain))
+    clean = read_subject(subject_of(tmp_path / "clean", **brain))
     rng = np.random.default_rng(0)
     air = {kind: np.where(values == 0, rest * rng.random(values.shape), values) for kind, values in brain.items()}
-    loaded = LoadSubjectd()(subject_of(tmp_path / "air", **{kind: x.astype(np.float32) for kind, x in air.items()}))
+    loaded = read_subject(subject_of(tmp_path / "air", **{kind: x.astype(np.float32) for kind, x in air.items()}))
     np.testing.assert_array_equal(loaded["t1"], clean["t1"])
     np.testing.assert_allclose(loaded["t2"], clean["t2"], atol=1e-4)
 
@@ -106,13 +106,13 @@ def test_interpolated_mask_counts_from_one_half(brains, tmp_path):
     ):
         data = subject_of(tmp_path / name, **brain, label=brains[0]["label"])
         save_volume(tmp_path / name / "mask.nii.gz", mask)
-        loaded = LoadSubjectd()(data | {"mask": str(tmp_path / name / "mask.nii.gz")})
+        loaded = read_subject(data | {"mask": str(tmp_path / name / "mask.nii.gz")})
         np.testing.assert_array_equal(loaded["t1"][0] > 0, expected & (brain["T1"] > 0))
 
 
 def test_loaded_subject(tmp_path):
     label = np.array([0, 10, 150, 250], np.uint8)[RNG.integers(0, 4, VALUES.shape)]
-    loaded = LoadSubjectd()(subject_of(tmp_path, T1=VALUES, T2=VALUES + 7, label=label))
+    loaded = read_subject(subject_of(tmp_path, T1=VALUES, T2=VALUES + 7, label=label))
     np.testing.assert_array_equal(loaded["image"], np.stack([VALUES, VALUES + 7]))
     np.testing.assert_array_equal(loaded["t1"], VALUES[None])
     np.testing.assert_array_equal(loaded["t2"], VALUES[None] + 7)
@@ -131,8 +131,8 @@ def test_one_file_of_t1_and_t2(tmp_path, axes):
     save_volume(tmp_path / "both.nii.gz", values, AFFINE)
     for kind, volume in (("T1", VALUES), ("T2", VALUES + 7)):
         save_volume(tmp_path / f"subject-1-{kind}.nii.gz", volume, AFFINE)
-    loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz")})
-    pair = LoadSubjectd()(SubjectFolder(str(tmp_path)).require_good()[0])
+    loaded = read_subject({"image": str(tmp_path / "both.nii.gz")})
+    pair = read_subject(SubjectFolder(str(tmp_path)).require_good()[0])
     for key in ("image", "t1", "t2"):
         np.testing.assert_array_equal(loaded[key], pair[key])
         np.testing.assert_array_equal(loaded[key].affine, pair[key].affine)
@@ -146,19 +146,19 @@ def test_one_file_of_t1_and_t2(tmp_path, axes):
 def test_file_of_more_than_two_volumes(tmp_path, count):
     save_volume(tmp_path / "more.nii.gz", np.stack([VALUES] * count, axis=-1))
     with pytest.raises(InputError, match=f"more.nii.gz: has {count} volumes, not two; give T1 and T2, in this order"):
-        LoadSubjectd()({"image": str(tmp_path / "more.nii.gz")})
+        read_subject({"image": str(tmp_path / "more.nii.gz")})
 
 
 def test_path_beside_the_image_does_not_disturb_a_change_of_voxel_size(tmp_path):
     """MONAI Label puts `image_path` there."""
     save_volume(tmp_path / "both.nii.gz", np.stack([VALUES, VALUES[::-1]], axis=-1))
-    loaded = LoadSubjectd()({"image": str(tmp_path / "both.nii.gz"), "image_path": "both.nii.gz"})
+    loaded = read_subject({"image": str(tmp_path / "both.nii.gz"), "image_path": "both.nii.gz"})
     assert Spacingd("image", pixdim=[2, 2, 2])(loaded)["image_path"] == "both.nii.gz"
 
 
 def test_published_normalisation(tmp_path):
     t1 = np.where(RNG.random(VALUES.shape) > 0.4, VALUES, 0).astype(np.int16)
-    loaded = NormalizeByT1Maskd("image")(LoadSubjectd()(subject_of(tmp_path, T1=t1, T2=VALUES)))
+    loaded = NormalizeByT1Maskd("image")(read_subject(subject_of(tmp_path, T1=t1, T2=VALUES)))
     for channel, values in zip(loaded["image"].numpy(), (t1, VALUES), strict=True):
         brain = values[t1 > 0].astype(np.float64)
         np.testing.assert_allclose(channel, (values - brain.mean()) / brain.std(), atol=1e-5)
@@ -167,8 +167,8 @@ def test_published_normalisation(tmp_path):
 @pytest.mark.filterwarnings("ignore:std_mean:UserWarning")
 def test_constant_image_is_refused(tmp_path):
     with pytest.raises(InputError, match="the T2 of this subject is constant inside the brain"):
-        LoadSubjectd()(subject_of(tmp_path / "mask", T1=VALUES, T2=np.full_like(VALUES, 5)))
-    loaded = LoadSubjectd()(subject_of(tmp_path / "scan", T1=VALUES, T2=VALUES[::-1]))
+        read_subject(subject_of(tmp_path / "mask", T1=VALUES, T2=np.full_like(VALUES, 5)))
+    loaded = read_subject(subject_of(tmp_path / "scan", T1=VALUES, T2=VALUES[::-1]))
     for channel, name in ((1, "T2"), (0, "T1")):  # T1 nowhere above 0, as after resampling a brain of a few voxels
         loaded["image"][channel] = 0
         with pytest.raises(InputError, match=f"the {name} of this subject is constant inside the brain"):
@@ -197,12 +197,12 @@ def assert_none_lost_or_swapped(items) -> None:
 
 def test_t1_and_t2_under_many_threads(many):
     for _ in range(3):
-        assert_none_lost_or_swapped(CacheDataset(many, LoadSubjectd(), num_workers=16, progress=False))
+        assert_none_lost_or_swapped(CacheDataset(many, read_subject, num_workers=16, progress=False))
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 8 worker processes:UserWarning")
 def test_t1_and_t2_under_many_processes(many):
-    loader = DataLoader(Dataset(many, LoadSubjectd()), batch_size=1, num_workers=8)
+    loader = DataLoader(Dataset(many, read_subject), batch_size=1, num_workers=8)
     batches = list(loader)
     assert_none_lost_or_swapped({"subject": b["subject"][0], "image": b["image"][0]} for b in batches)
 

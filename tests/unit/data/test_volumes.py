@@ -5,10 +5,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from helpers import save_volume
+from helpers import read_subject, save_volume
 
 from scripts.data.hdf5 import read_hdf5
-from scripts.data.transforms import LoadSubjectd
 from scripts.data.volumes import read_scans, read_volume
 from scripts.errors import InputError
 from scripts.weights import read_checkpoint
@@ -118,7 +117,7 @@ def test_lack_of_memory_is_no_fault_of_the_file(tmp_path, monkeypatch, read):
 def test_t2_is_found_beside_its_t1(tmp_path, t1, t2):
     save_volume(tmp_path / t1, VALUES)
     save_volume(tmp_path / t2, VALUES + 7)
-    loaded = LoadSubjectd()({"image": str(tmp_path / t1)})
+    loaded = read_subject({"image": str(tmp_path / t1)})
     np.testing.assert_array_equal(loaded["image"], np.stack([VALUES, VALUES + 7]))
 
 
@@ -127,7 +126,7 @@ def test_t1_without_its_t2(tmp_path):
     with pytest.raises(
         InputError, match=rf"^{tmp_path}/subject-9-T2.nii.gz: not found, and .*subject-9-T1.* has only T1"
     ):
-        LoadSubjectd()({"image": str(tmp_path / "subject-9-T1.nii.gz")})
+        read_subject({"image": str(tmp_path / "subject-9-T1.nii.gz")})
 
 
 @pytest.mark.parametrize("name", ["tmpt1x_9a.nii.gz", "subjectT1.nii.gz", "subject-T11.nii.gz", "subject-9-T1w.nii.gz"])
@@ -135,4 +134,4 @@ def test_name_that_does_not_say_t1(tmp_path, name):
     save_volume(tmp_path / name, VALUES)
     save_volume(tmp_path / name.replace("T1", "T2").replace("t1", "t2"), VALUES)
     with pytest.raises(InputError, match=f"{name}: has one volume, and its name doesn't end in -T1"):
-        LoadSubjectd()({"image": str(tmp_path / name)})
+        read_subject({"image": str(tmp_path / name)})

@@ -7,8 +7,8 @@ from helpers import displaced
 from scipy.spatial.transform import Rotation
 
 from scripts.errors import InputError
-from scripts.preparation import steps_of
 from scripts.preparation.registration import register
+from scripts.preparation.transforms import STEPS, steps_of
 from scripts.synthesis.contrast import nominal, six_month_subject
 from scripts.synthesis.phantom_brains import label_map
 
@@ -33,7 +33,7 @@ def brain() -> dict[str, np.ndarray]:
 )
 def test_t2_comes_back_to_its_place(brain, angles, shift, sizes):
     t2, affine, matrix = displaced(brain["T2"], LAS, angles, shift, sizes)
-    result = register(t2, affine, brain["T1"].astype(np.float32), LAS)
+    result = register(t2, affine, brain["T1"].astype(np.float32), LAS, brain["T1"] > 0)
     assert result.covered > 0.98
     assert result.image.shape == brain["T1"].shape
     voxels = nib.affines.apply_affine(LAS, np.argwhere(brain["T1"] > 0)[::500])
@@ -53,14 +53,17 @@ def test_t2_comes_back_to_its_place(brain, angles, shift, sizes):
 
 def test_scans_of_a_few_voxels():
     few = np.ones((3, 3, 3), np.float32)
-    assert register(few, LAS, few, LAS) is None
+    assert register(few, LAS, few, LAS, few > 0) is None
 
 
 def test_names_of_steps():
-    assert steps_of("auto") == steps_of(["registration"]) == steps_of("registration") == ("registration",)
+    assert steps_of("auto") == STEPS
+    assert steps_of(["registration"]) == steps_of("registration") == ("registration",)
     assert steps_of([]) == ()
     for value in (True, 5, None, {"registration": 1}):
-        with pytest.raises(InputError, match=r"^--prepare .*: must be auto, or a list of registration"):
+        with pytest.raises(InputError, match=r"^--prepare .*: must be auto, or a list of brain_mask, registration"):
             steps_of(value)
-    with pytest.raises(InputError, match=r"^--prepare bias: must be auto, or a list of registration, or \[\] for noth"):
+    with pytest.raises(
+        InputError, match=r"^--prepare bias: must be auto, or a list of brain_mask, registration, or \[\]"
+    ):
         steps_of(["bias"])

@@ -49,7 +49,8 @@ def reported(subject_id: str, **changes: Any) -> SubjectReport:
     values = {
         "files": {"T1": "t1.hdr"},
         "volumes": volumes,
-        "prepared": "",
+        "prepared": [],
+        "prepared_picture": None,
         "warnings": {},
         "has_label": False,
         "pictures": None,

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import ROOT, bids_errors, bids_folder, save_bids
+from helpers import ROOT, bids_errors, bids_folder, read_subject, save_bids
 from ignite.engine import Engine, Events
 from monai.data import MetaTensor
 
 from scripts.data.subjects import SubjectFolder
-from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.results.bids_derivative import LABELS, BidsDerivative, source_link, volume_table
@@ -47,7 +46,7 @@ def segment(dataset: Path, output: Path, subjects: Any = None, suffix: str = ".n
 
     @engine.on(Events.ITERATION_COMPLETED)
     def label() -> None:
-        subject = LoadSubjectd()(chosen[engine.state.iteration - 1])
+        subject = read_subject(chosen[engine.state.iteration - 1])
         values = torch.arange(subject["t1"].numel()).remainder(4).reshape(subject["t1"].shape).to(torch.uint8)
         engine.state.batch = [subject]
         maps = {"probabilities": torch.full((4, 6, 7, 8), 0.25), "uncertainty": torch.ones(1, 6, 7, 8)}
@@ -144,7 +143,9 @@ def test_tables(data, tmp_path):
 
 
 def test_every_kind_of_result_is_described():
-    assert {f"probability-{tissue.name.lower()}" for tissue in Tissue} | {"label", "uncertainty"} == set(DESCRIPTIONS)
+    assert {f"probability-{tissue.name.lower()}" for tissue in Tissue} | {
+        *("label", "uncertainty", "brain-mask", "T2-registered")
+    } == set(DESCRIPTIONS)
 
 
 def test_again_and_for_more_subjects(data, tmp_path):
