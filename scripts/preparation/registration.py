@@ -21,6 +21,8 @@ MARGIN = 6
 BINS = 32
 # share of the voxels that a step of refinement looks at
 SAMPLED = 0.3
+# degrees about each axis and mm along each by which a second search starts away from the end of the first
+MOVED_BY = (2.0, 2.0)
 # the work is divided alike on every machine, so that its result is the same
 THREADS = 4
 
@@ -35,6 +37,7 @@ class Registration:
         turn: degrees by which T2 was turned.
         shift: mm by which the middle of the brain was moved.
         covered: share of the brain in which T2 shows something.
+        doubt: mm by which another search, from a place nearby, ended elsewhere, at the farthest voxel of the brain.
     """
 
     image: np.ndarray
@@ -42,6 +45,7 @@ class Registration:
     turn: float
     shift: float
     covered: float
+    doubt: float
 
     def __str__(self) -> str:
         return f"turned by {self.turn:.1f} degrees, and moved by {self.shift:.1f} mm in the middle of the brain"
@@ -68,18 +72,23 @@ def register(
     try:
         best = _coarse(_at(fixed, COARSE), _at(moving, COARSE), _at(mask, COARSE))
         for size in STEPS:
-            best = _refined(best, _at(fixed, size), _at(moving, size), _at(mask, size), SAMPLED)
+            images = [_at(image, size) for image in (fixed, moving, mask)]
+            best = _refined(best, *images, SAMPLED)
+        again = _refined(_moved(best), *images, SAMPLED, seed=2)
     except RuntimeError:  # of ITK, which has no others
         return None
     matrix = _matrix(best)
     resampled, shown = _resampled(t2, t2_affine, fixed, best)
-    middle = nib.affines.apply_affine(t1_affine, np.argwhere(brain).mean(0))
+    places = nib.affines.apply_affine(t1_affine, np.argwhere(brain)[::100])
+    middle = places.mean(0)
+    here, there = (nib.affines.apply_affine(_matrix(each), places) for each in (best, again))
     angle = np.degrees(np.arccos(np.clip((np.trace(matrix[:3, :3]) - 1) / 2, -1, 1)))
     return Registration(
         image=resampled,
         matrix=matrix,
         turn=float(angle),
         covered=float(shown[brain].mean()),
+        doubt=float(np.linalg.norm(here - there, axis=1).max()),
         shift=float(np.linalg.norm(nib.affines.apply_affine(matrix, middle) - middle)),
     )
 
@@ -122,22 +131,35 @@ def _at(image: sitk.Image, size: float) -> sitk.Image:
     return sitk.Shrink(blurred, factors.tolist())
 
 
-def _method(mask: sitk.Image, sampled: float) -> sitk.ImageRegistrationMethod:
+def _moved(transform: sitk.Euler3DTransform) -> sitk.Euler3DTransform:
+    result = sitk.Euler3DTransform(transform)
+    angles = (transform.GetAngleX(), transform.GetAngleY(), transform.GetAngleZ())
+    result.SetRotation(*(angle + float(np.radians(MOVED_BY[0])) for angle in angles))
+    result.SetTranslation([mm + MOVED_BY[1] for mm in transform.GetTranslation()])
+    return result
+
+
+def _method(mask: sitk.Image, sampled: float, seed: int = 1) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(BINS)
     method.SetMetricFixedMask(mask > 0.5)
     if sampled < 1:
         method.SetMetricSamplingStrategy(method.REGULAR)
-        method.SetMetricSamplingPercentage(sampled, 1)
+        method.SetMetricSamplingPercentage(sampled, seed)
     method.SetInterpolator(sitk.sitkLinear)
     method.SetNumberOfThreads(THREADS)
     return method
 
 
 def _refined(
-    start: sitk.Euler3DTransform, fixed: sitk.Image, moving: sitk.Image, mask: sitk.Image, sampled: float
+    start: sitk.Euler3DTransform,
+    fixed: sitk.Image,
+    moving: sitk.Image,
+    mask: sitk.Image,
+    sampled: float,
+    seed: int = 1,
 ) -> sitk.Euler3DTransform:
-    method = _method(mask, sampled)
+    method = _method(mask, sampled, seed)
     transform = sitk.Euler3DTransform(start)
     method.SetInitialTransform(transform, inPlace=True)
     step = max(fixed.GetSpacing())

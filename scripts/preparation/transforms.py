@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 STEPS = ("brain_mask", "registration")
 # of fewer voxels, `not_registered`, which looks at every eighth, can't tell whether a registration went well
 FEWEST_TO_REGISTER = 12 * FEWEST_VOXELS
+# mm by which two searches for the place of T2 may differ without a warning, and with one
+SMALLEST_DOUBT, LARGEST_DOUBT = 0.3, 6.0
 
 
 def steps_of(prepare: str | Sequence[str]) -> tuple[str, ...]:
@@ -109,10 +111,13 @@ class RegisterT2d(Transform):
 
         found = register(t2.values, t2.affine, t1.values, t1.affine, brain)
         covered = found and found.covered >= 1 - LARGEST_SHARE_WITHOUT_T2
-        if covered and not not_registered(t1.values * brain, found.image, sizes):
+        if covered and found.doubt <= LARGEST_DOUBT and not not_registered(t1.values * brain, found.image, sizes):
             logger.info("%s: registered to T1, %s", t2.path, found)
+            doubt = found.doubt > SMALLEST_DOUBT and (
+                f"a second search for the place of T2 ended up to {found.doubt:.1f} mm away; look whether T2 fits T1"
+            )
             result["scans"] = [t1, Scan(found.image, t1.affine, t2.path)]
-            result["registration"] = {"registered": str(found), "to_t2": found.matrix, "not_registered": ""}
+            result["registration"] = {"registered": str(found), "to_t2": found.matrix, "not_registered": doubt or ""}
         elif not same_grid:
             raise InputError(
                 f"{t2.path}: couldn't be registered to {t1.path}; check that both show the same head, or register it "

@@ -35,7 +35,7 @@ class PreparedSaver(BackgroundWriter):
         path = result_path(self.output_dir, item, "T2-registered", ".nii.gz")
         write_map(path, t2[0].numpy(), source)
         write_sidecar(path, item, "T2-registered")
-        matrix = TO_LPS @ t2.meta["to_t2"] @ TO_LPS
+        matrix = TO_LPS @ np.asarray(t2.meta["to_t2"]) @ TO_LPS
         transform = sitk.AffineTransform(matrix[:3, :3].ravel().tolist(), matrix[:3, 3].tolist())
         path = result_path(self.output_dir, item, "T2-to-T1", ".txt")
         with whole_files(path.parent) as temporary:
