@@ -15,14 +15,13 @@ from monai.transforms import Spacing
 from tqdm import tqdm
 
 from scripts.commands.shared import TITLES
-from scripts.data.checks import require_brain_only
+from scripts.data.structures import tissues_of_structures
 from scripts.data.volumes import CONTRASTS, read_volume, require_same_grid
 from scripts.errors import InputError, require_path
 from scripts.files import is_hidden
 from scripts.results.metrics import tissue_scores
 from scripts.segment import Segmenter
 from scripts.synthesis.label_maps import require_usable
-from scripts.synthesis.structures import tissues_of_structures
 from scripts.tissues import TISSUES, Tissue
 
 logger = logging.getLogger(__name__)
@@ -125,7 +124,7 @@ def _treated(
 
 
 def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter, seed: int) -> Iterator[dict[str, Any]]:
-    """Yield a row of scores for each scan under each of `TREATMENTS`; a head with its skull is cut in all of them.
+    """Yield a row of scores for each scan under each of `TREATMENTS`; log what the segmenter refuses.
 
     Scores are those of `tissue_scores` inside the label, and the share of each tissue in the segmentation, from 0 to 1.
 
@@ -135,19 +134,12 @@ def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter,
         seed: selects the noise.
 
     Raises:
-        InputError: as `read_volume`, `tissues_of_structures`, `require_usable`, `require_same_grid` and the segmenter.
+        InputError: as `read_volume`, `tissues_of_structures`, `require_usable` and `require_same_grid`.
     """
     with tqdm(total=len(scans) * len(TREATMENTS), desc="real scans") as progress:
         for scan, files in scans.items():
             volumes, affine = _read(files)
-            treatments = TREATMENTS
-            try:
-                require_brain_only(volumes["t1"], affine, str(files["t1"]))
-            except InputError as error:
-                logger.warning("%s; scored cut to the label only", error)
-                treatments = {name: treatment for name, treatment in TREATMENTS.items() if treatment.cut}
-                progress.update(len(TREATMENTS) - len(treatments))
-            for name, treatment in treatments.items():
+            for name, treatment in TREATMENTS.items():
                 images = _treated(volumes, affine, treatment, np.random.default_rng([seed, *scan.encode()]))
                 t1, t2 = (
                     nib.Nifti1Image(images[name.lower()][0].numpy(), images[name.lower()].affine.numpy())
@@ -156,7 +148,12 @@ def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter,
                     for name in CONTRASTS
                 )
                 label = images["label"].as_tensor().to(torch.uint8)
-                prediction = torch.from_numpy(segmenter(t1, t2).label)[None] * (label > 0)
+                progress.update()
+                try:
+                    prediction = torch.from_numpy(segmenter(t1, t2).label)[None] * (label > 0)
+                except InputError as error:
+                    logger.warning("%s, %s: %s", scan, name, error)
+                    continue
                 voxels = torch.bincount(prediction.flatten().long(), minlength=len(Tissue) + 1)[1:]
                 shares = (voxels / (label > 0).sum()).tolist()
                 yield (
@@ -164,7 +161,6 @@ def score_real_scans(scans: Mapping[str, dict[str, Path]], segmenter: Segmenter,
                     | tissue_scores(prediction, label, tuple(images["label"].pixdim.tolist()))
                     | {f"share_{tissue}": share for tissue, share in zip(TISSUES, shares, strict=True)}
                 )
-                progress.update()
 
 
 def summary(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -17,26 +17,31 @@ from scripts.data.volumes import CONTRASTS
 from scripts.errors import InputError
 
 FILE_NAME = re.compile(
-    r"(?P<entities>sub-[0-9a-zA-Z+]+(_[0-9a-zA-Z]+-[0-9a-zA-Z+]+)*)_(?P<suffix>T1w|T2w|mask)\.nii(\.gz)?"
+    r"(?P<entities>sub-[0-9a-zA-Z+]+(_[0-9a-zA-Z]+-[0-9a-zA-Z+]+)*)_(?P<suffix>T1w|T2w|mask|dseg)\.nii(\.gz)?"
 )
 EXPECTED_NAMES = "sub-<label>/[ses-<label>/]anat/*_T1w.nii.gz with *_T2w.nii.gz"
 # the `desc` of versions of a scan, the preferred first; any other `desc` comes last
 VERSIONS = ("brain", "preproc", None)
-# spaces of the subject itself; scans warped to a template are skipped
+# spaces of the subject itself; scans warped to a template are skipped, those turned and moved to its axes aren't
 OWN_SPACES = (None, "orig", "T1w", "T2w")
+RIGID = "acpc"
+# the `desc` of label images that are taken for the truth, the preferred first; others come from tools, ours among them
+TRUE_LABELS = ("aseg", "manual", None)
 LARGEST_JSON = 10 * 2**20  # bytes; the file beside a scan has a few thousand
 
 
 class BidsSubject(TypedDict):
     """The files of a subject as in `scripts.data.subjects.Subject`, and their folder.
 
-    `anat` is the folder relative to the dataset, such as `sub-01/ses-02/anat`; `mask` is a brain mask, if there is one.
+    `anat` is the folder relative to the dataset, such as `sub-01/ses-02/anat`; `mask` is a brain mask and `label` a
+    segmentation, see `TRUE_LABELS`, if there is one.
     """
 
     subject: str
     image: list[str | None]
     anat: str
     mask: NotRequired[str]
+    label: NotRequired[str]
 
 
 @dataclass(frozen=True)
@@ -54,7 +59,9 @@ class _Scan:
     @property
     def is_usable(self) -> bool:
         entities = self.entities
-        return entities.get("space") in OWN_SPACES and entities.get("part", "mag") == "mag"
+        space = entities.get("space")
+        own = space in OWN_SPACES or space.lower().endswith(RIGID)
+        return own and entities.get("part", "mag") == "mag"
 
     @property
     def key(self) -> tuple[tuple[str, str], ...]:
@@ -105,8 +112,8 @@ def find_bids_subjects(
             left_out[session] = error
             continue
         if contrasts in CONTRASTS:
-            wanted = [scan for scan in scans if scan.suffix in (f"{contrasts}w", "mask")]
-            if len(wanted) < len(scans) and all(scan.suffix == "mask" for scan in wanted):
+            wanted = [scan for scan in scans if scan.suffix in (f"{contrasts}w", "mask", "dseg")]
+            if len(wanted) < len(scans) and all(scan.suffix in ("mask", "dseg") for scan in wanted):
                 left_out[session] = f"has no {contrasts}w"
             scans = wanted
         masks = [scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"]
@@ -128,6 +135,8 @@ def find_bids_subjects(
             }
             if own_masks:
                 subject["mask"] = str(own_masks[0].path)
+            if label := _label_of(first, scans):
+                subject["label"] = str(label.path)
             subjects.append(subject)
     return subjects, left_out
 
@@ -190,6 +199,18 @@ def _masks_of(t1: _Scan, masks: Collection[_Scan]) -> list[_Scan]:
         if in_its_space := [mask for mask in own if mask.entities.get("space", unnamed) == space]:
             return in_its_space
     return own
+
+
+def _label_of(t1: _Scan, scans: Collection[_Scan]) -> _Scan | None:
+    """The segmentation of a T1w, in its space."""
+    own = {
+        scan.entities.get("desc"): scan
+        for scan in scans
+        if scan.suffix == "dseg"
+        and scan.key == t1.key
+        and scan.entities.get("space", "T1w") == t1.entities.get("space", "T1w")
+    }
+    return next((own[desc] for desc in TRUE_LABELS if desc in own), None)
 
 
 def _partner(t1: _Scan, t1s: Collection[_Scan], t2s: Collection[_Scan]) -> _Scan | None:

@@ -254,6 +254,10 @@ def _subject(subject_id: str, files: dict[str, Path], contrasts: str) -> Subject
     return subject
 
 
+def _without_label(subject: Subject) -> Subject:
+    return {key: value for key, value in subject.items() if key != "label"}
+
+
 def names_of(subjects: Iterable[Subject]) -> list[str]:
     """Return the ids of subjects; for those without an id, as from MONAI Label, the paths of their images."""
     return [subject.get("subject", str(subject["image"])) for subject in subjects]
@@ -329,10 +333,10 @@ class SubjectFolder:
         """Return all labelled subjects except `val_subjects`.
 
         Raises:
-            InputError: as `require_good`, or the dataset is BIDS.
+            InputError: as `require_good`.
         """
-        held_out = _ids(val_subjects)
-        return [s for s in self._trainable() if "label" in s and s["subject"] not in held_out]
+        held_out = self._select([subject["subject"] for subject in self.require_good()], val_subjects)
+        return [s for s in self.subjects if "label" in s and s["subject"] not in held_out]
 
     def validation(self, val_subjects: Ids) -> list[Subject]:
         """Return the subjects named by `val_subjects`; none if the folder has no subjects.
@@ -340,7 +344,7 @@ class SubjectFolder:
         Raises:
             InputError: one doesn't exist or has no label, or as `training`.
         """
-        chosen = self._pick(self._trainable(), val_subjects, "val_subjects")
+        chosen = self._pick(self.require_good(), val_subjects, "val_subjects")
         for subject in chosen:
             if "label" not in subject:
                 raise InputError(
@@ -353,8 +357,8 @@ class SubjectFolder:
         """Return the subjects to segment, without labels, and log those that are left out.
 
         Args:
-            subjects: ids, or None for all without a label. In a BIDS dataset `sub-01` or `01` means all sessions and
-                runs of a participant, and `sub-01_ses-02` one session with its runs.
+            subjects: ids, or None for all without a label, in a BIDS dataset for all. There, `sub-01` or `01` means all
+                sessions and runs of a participant, and `sub-01_ses-02` one session with its runs.
             stop_at_bad_subject: whether a bad subject is an error now; `reasons_bad` returns it in any case.
 
         Raises:
@@ -366,7 +370,8 @@ class SubjectFolder:
         for subject, reason in left_out.items():
             logger.warning("%s: skipped (%s)", subject, reason)
         if subjects is None:
-            return [subject for subject in self.subjects if "label" not in subject]
+            chosen = [subject for subject in self.subjects if self.in_bids or "label" not in subject]
+            return [_without_label(subject) for subject in chosen]
         good = [subject["subject"] for subject in self.subjects]
         # names that match only bad subjects are reported at the end of the run
         names = [name for name in _ids(subjects) if self._matches(good, name) or not self._matches(self.bad, name)]
@@ -380,7 +385,7 @@ class SubjectFolder:
                     f"{first_image(subject)}: lacks the scan and its grid, so subject {subject['subject']} can't be "
                     f"segmented; give its T1 and T2 images"
                 )
-        return [{key: value for key, value in subject.items() if key != "label"} for subject in chosen]
+        return [_without_label(subject) for subject in chosen]
 
     def reasons_bad(self, subjects: Ids | None) -> list[str]:
         """Return why bad subjects can't be used: those named, or all if `subjects` is None."""
@@ -424,15 +429,6 @@ class SubjectFolder:
             f"{self.folder}: no subject left to {purpose} among {len(self.subjects)}, {labeled} of them labelled; "
             f"{remedy}"
         )
-
-    def _trainable(self) -> list[Subject]:
-        """All subjects, from a dataset that can have labels; see `training`."""
-        if self.in_bids and self.require_good():
-            raise InputError(
-                f"{self.folder}: is a BIDS dataset, which can only be segmented; for training and scoring give "
-                f"labelled subjects as subject-<id>-T1, -T2 and -label"
-            )
-        return self.require_good()
 
     def _matches(self, subjects: Iterable[str], name: str) -> list[str]:
         """The ids that match a name: the equal one; in BIDS all that start with it, with or without `sub-`."""

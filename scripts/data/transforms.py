@@ -21,6 +21,7 @@ from scripts.data.checks import (
     unlike_its_tissues,
 )
 from scripts.data.hdf5 import read_hdf5
+from scripts.data.structures import LABEL_NUMBERS, tissues_of_labels
 from scripts.data.volumes import (
     CONTRASTS,
     Scan,
@@ -30,7 +31,7 @@ from scripts.data.volumes import (
     require_same_grid,
 )
 from scripts.errors import InputError
-from scripts.tissues import ISEG_AFFINE, LARGEST_ROUNDING, tissue_labels
+from scripts.tissues import ISEG_AFFINE, LARGEST_ROUNDING
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,19 @@ class LoadSubjectd(Transform):
 
     Calls share no state, so any number of workers may load at a time.
 
+    Args:
+        label_numbers: what the labels of images mean, see `tissues_of_labels`; by default `tissues`, and labels of a
+            BIDS dataset are refused, whose numbers differ from tool to tool.
+
     Raises:
-        InputError: mask or label differ in grid from the first scan, or as `read_scans`, `read_volume`,
-            `tissue_labels` and `read_hdf5`.
+        InputError: `label_numbers` is something else, or a BIDS dataset needs it; mask or label differ in grid from the
+            first scan; or as `read_scans`, `read_volume`, `tissues_of_labels` and `read_hdf5`.
     """
+
+    def __init__(self, label_numbers: str | None = None) -> None:
+        if label_numbers not in (None, *LABEL_NUMBERS):
+            raise InputError(f"--label_numbers {label_numbers}: must be one of {', '.join(LABEL_NUMBERS)}")
+        self.label_numbers = label_numbers
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data) | {"brain": None}
@@ -92,7 +102,13 @@ class LoadSubjectd(Transform):
         if "label" in data:
             label, label_affine = read_volume(data["label"])
             require_same_grid(data["label"], label, label_affine, path, values, affine)
-            result["label"] = meta_tensor(tissue_labels(label, data["label"])[None], affine, data["label"])
+            if self.label_numbers is None and "anat" in data:
+                raise InputError(
+                    f"{data['label']}: is of a BIDS dataset, where numbers of labels differ; say what they mean by "
+                    f"--label_numbers {', '.join(LABEL_NUMBERS)}"
+                )
+            label = tissues_of_labels(label, data["label"], self.label_numbers or "tissues")
+            result["label"] = meta_tensor(label[None], affine, data["label"])
         return result
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 from scipy.spatial.transform import Rotation
 
+from scripts.data.structures import OUTER_LABELS, STRUCTURES, TISSUE_OF
 from scripts.synthesis.fields import blurred, smooth_field, with_thick_slices
 from scripts.synthesis.label_maps import label_map_name
-from scripts.synthesis.structures import OUTER_LABELS, STRUCTURES, TISSUE_OF, read_head
+from scripts.synthesis.structures import read_head
 
 # mm of a voxel of an image
 VOXEL = 2.0

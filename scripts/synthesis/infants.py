@@ -12,8 +12,9 @@ import torch
 from scipy.spatial.transform import Rotation
 from torch.nn.functional import affine_grid, grid_sample
 
+from scripts.data.structures import IN_HINDBRAIN, NAMES, OUTER_LABELS, TISSUE_OF
 from scripts.synthesis.fields import blurred, smooth_field, with_thick_slices
-from scripts.synthesis.structures import IN_HINDBRAIN, NAMES, OUTER_LABELS, PERCENT, TISSUE_OF, StructureMap
+from scripts.synthesis.structures import PERCENT, StructureMap
 from scripts.tissues import Tissue
 
 # ml of the whole brain, from birth to two years; about 790 at 3 months and 1,040 at 9

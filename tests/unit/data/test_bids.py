@@ -10,6 +10,7 @@ from helpers import read_subject, touch
 
 from scripts.data.bids import LARGEST_JSON, find_bids_subjects, needed_files, read_json
 from scripts.data.subjects import SubjectFolder, require_apart
+from scripts.data.transforms import LoadSubjectd
 from scripts.errors import InputError
 from scripts.results.paths import derivative_path
 
@@ -233,11 +234,59 @@ def test_folder_that_can_not_be_read(open_folder, as_nobody, closed):
     assert re.search(rf"^{open_folder}/{closed}: can't be read.*; allow it, or remove the", str(reason))
 
 
-def test_training_and_scoring_take_the_other_layout(tmp_path):
-    touch(tmp_path, *pair("sub-9"), scan("sub-9_dseg.nii.gz"))
-    for choose in (SubjectFolder.training, SubjectFolder.validation):
-        with pytest.raises(InputError, match=r"is a BIDS dataset, which can only be segmented; .* subject-<id>-T1, "):
-            choose(SubjectFolder(str(tmp_path)), [9])
+def test_labels_for_training_and_scoring(tmp_path):
+    """Those of a person or in FreeSurfer's style; neither ours nor another tool's, and each in the space of its T1w."""
+    touch(tmp_path, *pair("sub-1_ses-1mo_space-INFANTMNIacpc"))
+    touch(tmp_path, *(scan(f"sub-1_ses-1mo_space-INFANTMNIacpc_desc-{kind}_dseg.nii.gz") for kind in ("aseg", "wm")))
+    touch(tmp_path, *pair("sub-2"), scan("sub-2_dseg.nii.gz"), scan("sub-2_desc-skipdenseseg_dseg.nii.gz"))
+    touch(tmp_path, *pair("sub-3"), scan("sub-3_desc-skipdenseseg_dseg.nii.gz"), scan("sub-3_space-orig_dseg.nii.gz"))
+    touch(tmp_path, *pair("sub-4_space-MNI152NLin2009cAsym"))
+    folder = SubjectFolder(str(tmp_path))
+    labels = {subject["subject"]: Path(subject.get("label", "")).name for subject in folder.subjects}
+    first = "sub-1_ses-1mo_space-INFANTMNIacpc"
+    assert labels == {first: f"{first}_desc-aseg_dseg.nii.gz", "sub-2": "sub-2_dseg.nii.gz", "sub-3": ""}
+    assert list(names(folder.training("1"))) == ["sub-2"]
+    assert list(names(folder.training("sub-1_ses-1mo"))) == ["sub-2"]
+    assert list(names(folder.validation(["1", "sub-2"]))) == [first, "sub-2"]
+    with pytest.raises(InputError, match=r"val_subjects names subject sub-3, which has no label"):
+        folder.validation("sub-3")
+    assert all("label" not in subject for subject in folder.to_segment())
+    assert len(folder.to_segment()) == 3
+
+
+def test_what_the_numbers_of_a_label_mean(tmp_path):
+    rng, affine = np.random.default_rng(1), np.eye(4)
+    t1, t2 = rng.uniform(1, 2, (2, 5, 6, 7)).astype(np.float32)
+    t1[0] = 0
+    label = rng.integers(1, 4, t1.shape).astype(np.int16) * (t1 > 0)
+    structures = np.array([0, 24, 3, 2], np.int16)[label]
+    in_bids = np.array([0, 3, 1, 2], np.int16)[label]
+    for name, values in {"T1w": t1, "T2w": t2, "dseg": label}.items():
+        path = tmp_path / scan(f"sub-1_{name}.nii.gz")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(values, affine), path)
+    (subject,) = SubjectFolder(str(tmp_path)).subjects
+    with pytest.raises(
+        InputError, match=r"sub-1_dseg.nii.gz: is of a BIDS dataset, .* --label_numbers tissues, fre"
+    ):
+        LoadSubjectd()(subject)
+    for numbers, values in (("tissues", label), ("freesurfer", structures), ("bids", in_bids)):
+        nib.save(nib.Nifti1Image(values, affine), path)
+        np.testing.assert_array_equal(LoadSubjectd(numbers)(subject)["label"][0], label)
+    nib.save(nib.Nifti1Image(structures, affine), path)
+    for numbers in ("tissues", "bids"):
+        with pytest.raises(InputError, match=r"dseg.nii.gz: label value 24 isn't known"):
+            LoadSubjectd(numbers)(subject)
+    nib.save(nib.Nifti1Image(np.where(label == 3, 999, structures), affine), path)
+    with pytest.raises(
+        InputError, match=r"dseg.nii.gz: label value 999 isn't known; give a map like FreeSurfer's aseg"
+    ):
+        LoadSubjectd("freesurfer")(subject)
+    nib.save(nib.Nifti1Image(np.array([0, 10, 150, 250], np.int16)[label], affine), path)
+    with pytest.raises(InputError, match=r"dseg.nii.gz: has iSeg's label values, not those of BIDS"):
+        LoadSubjectd("bids")(subject)
+    with pytest.raises(InputError, match=r"--label_numbers fsl: must be one of tissues, freesurfer, bids"):
+        LoadSubjectd("fsl")
 
 
 def test_results_may_go_to_the_derivatives_of_a_dataset():

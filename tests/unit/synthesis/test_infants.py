@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
+from scripts.data.structures import IN_HINDBRAIN
 from scripts.data.transforms import NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.synthesis.infants import CSF_SHARE, VOLUME, draw_scan, draw_shape, infant_subject
-from scripts.synthesis.structures import IN_HINDBRAIN, StructureMap, read_structure_map
+from scripts.synthesis.structures import StructureMap, read_structure_map
 from scripts.synthesis.transforms import RandInfantPatchd
 from scripts.tissues import Tissue
 

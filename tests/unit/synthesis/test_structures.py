@@ -4,8 +4,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from scripts.data.structures import MAIN, NAMES, STRUCTURES, TISSUE_OF
 from scripts.errors import InputError
-from scripts.synthesis.structures import MAIN, NAMES, RIM, STRUCTURES, TISSUE_OF, read_structure_map
+from scripts.synthesis.structures import RIM, read_structure_map
 from scripts.tissues import ISEG_VALUES, Tissue
 
 
