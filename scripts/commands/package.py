@@ -14,16 +14,17 @@ from scripts.files import ROOT, add_to_zip, whole_files
 from scripts.results.provenance import NAME
 from scripts.weights import read_checkpoint, require_fit
 
-WEIGHTS = "models/model.pt"
+WEIGHTS, BRAIN_WEIGHTS = "models/model.pt", "models/brain.pt"
 # what the zip holds: all that is not hidden in these folders, but only the published weights
 CONTENTS = (
     *("LICENSE", "CHANGELOG.md", "CITATION.cff", "requirements*.txt", "requirements/*.txt"),
-    *("configs/**/*", "docs/**/*", "scripts/**/*", WEIGHTS),
+    *("configs/**/*", "docs/**/*", "scripts/**/*", WEIGHTS, BRAIN_WEIGHTS),
 )
 LEFT_OUT = ("requirements*dev*.txt", "*/__pycache__/*")
 # files that the bundle can't be used or published without
 REQUIRED = (
-    *("LICENSE", "docs/README.md", "scripts/__init__.py", "scripts/network.py", "scripts/workflow.py", WEIGHTS),
+    *("LICENSE", "docs/README.md", "scripts/__init__.py", "scripts/network.py", "scripts/workflow.py"),
+    *(WEIGHTS, BRAIN_WEIGHTS),
     *(f"configs/{name}.json" for name in ("train", "evaluate", "inference", "metadata")),
 )
 # copies at the top, where the model zoo and Hugging Face look for them

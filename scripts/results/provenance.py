@@ -21,6 +21,7 @@ from scripts.data.storage import without_credentials
 from scripts.files import ROOT, whole_files
 from scripts.inference.exported import is_exported
 from scripts.inference.precision import network_precision
+from scripts.preparation.brain import WEIGHTS as BRAIN_WEIGHTS
 from scripts.weights import checkpoint_paths, has_weights_of, is_fresh_start, sha256
 
 NAME = "infant_brain_mri_skipdenseseg"
@@ -89,6 +90,7 @@ def provenance(engine: Engine, settings: Mapping[str, Any]) -> dict[str, str]:
             f"checkpoint {path}": GIVEN_WEIGHTS if given or not Path(path).is_file() else f"SHA-256 {sha256(path)}"
             for path in paths
         },
+        **({"brain mask": f"SHA-256 {sha256(BRAIN_WEIGHTS)}"} if settings.get("prepare") else {}),
         **{f"setting {name}": without_credentials(str(summary_of(value))) for name, value in settings.items()},
     }
 

@@ -69,6 +69,16 @@ class Home:
             save_volume(self.directory / "data" / "heads" / f"{name}.nii.gz", brain["label"])
         for kind, file in (("T1", "T1"), ("T2", "T2"), ("label", "Seg")):
             save_volume(self.directory / "data" / "atlas" / f"month-03-{file}.nii.gz", self.brains[0][kind])
+        save_subject(self.directory / "data" / "raw", "2", self.brains[0], labeled=False)
+        for subject in ("01", "02"):
+            stem = f"sub-{subject}/ses-1mo/anat/sub-{subject}_ses-1mo_space-INFANTMNIacpc"
+            structures = np.array([0, 24, 3, 2], np.int16)[self.brains[1]["label"]]
+            for kind, values in (
+                ("T1w", self.brains[1]["T1"]),
+                ("T2w", self.brains[1]["T2"]),
+                ("desc-aseg_dseg", structures),
+            ):
+                save_volume(self.directory / "data" / "bobs" / f"{stem}_{kind}.nii.gz", values)
         for name in ("sub-01/anat/sub-01", "sub-02/ses-1/anat/sub-02_ses-1"):
             for kind in ("T1", "T2"):
                 save_volume(self.directory / "data" / "bids" / f"{name}_{kind}w.nii.gz", self.brains[0][kind])
@@ -96,7 +106,7 @@ def bucket(home) -> Iterator[None]:
 
 def test_no_kind_of_command_is_left_out():
     assert len(RUN) >= 20
-    assert MAKE == ["make bench", "make demo", "make package", "make test", "make weights"]
+    assert MAKE == ["make bench", "make brain", "make demo", "make package", "make test", "make weights"]
     assert SETUP == [
         ". .venv/bin/activate",
         "pip install -r requirements.txt",

@@ -94,7 +94,9 @@ def downloaded(dist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_downloaded_bundle_has_what_belongs_in_it_and_nothing_else(downloaded):
     files = tree(downloaded)
     assert set(files) == {*contents(ROOT), *AT_THE_TOP}
-    assert {"LICENSE", "README.md", "metadata.json", "requirements.txt", "models/model.pt"} <= set(files)
+    assert {"LICENSE", "README.md", "metadata.json", "requirements.txt", "models/model.pt", "models/brain.pt"} <= set(
+        files
+    )
     for name, content in files.items():
         assert content == (ROOT / AT_THE_TOP.get(name, name)).read_bytes(), name
         assert not (downloaded / name).is_symlink()

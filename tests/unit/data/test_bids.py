@@ -266,9 +266,7 @@ def test_what_the_numbers_of_a_label_mean(tmp_path):
         path.parent.mkdir(parents=True, exist_ok=True)
         nib.save(nib.Nifti1Image(values, affine), path)
     (subject,) = SubjectFolder(str(tmp_path)).subjects
-    with pytest.raises(
-        InputError, match=r"sub-1_dseg.nii.gz: is of a BIDS dataset, .* --label_numbers tissues, fre"
-    ):
+    with pytest.raises(InputError, match=r"sub-1_dseg.nii.gz: is of a BIDS dataset, .* --label_numbers tissues, fre"):
         LoadSubjectd()(subject)
     for numbers, values in (("tissues", label), ("freesurfer", structures), ("bids", in_bids)):
         nib.save(nib.Nifti1Image(values, affine), path)
