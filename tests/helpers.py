@@ -31,7 +31,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from scripts.data.transforms import CheckSubjectd, LoadSubjectd
 from scripts.errors import input_error_in
-from scripts.preparation.transforms import FindBraind, RegisterT2d
+from scripts.preparation.transforms import FindBraind, RegisterScansd
 from scripts.results.label_images import write_analyze
 from scripts.results.tables import read_csv
 from scripts.synthesis.contrast import T1_CONTRAST, T2_CONTRAST, six_month_image
@@ -69,7 +69,7 @@ def refusal(call: Callable[..., object], *arguments: Any, **named: Any) -> str:
 
 def read_subject(subject: dict[str, Any], prepare: str | list[str] = "auto") -> dict[str, Any]:
     """A subject after the first steps of the configs, up to its own grid."""
-    for transform in (LoadSubjectd(), FindBraind(prepare), RegisterT2d(prepare), CheckSubjectd()):
+    for transform in (LoadSubjectd(), FindBraind(prepare), RegisterScansd(prepare), CheckSubjectd()):
         subject = transform(subject)
     return subject
 

@@ -13,7 +13,7 @@ from scripts.data.subjects import Ids, Subject, SubjectFolder
 from scripts.data.transforms import CheckSubjectd, LoadSubjectd, NormalizeByT1Maskd
 from scripts.errors import InputError
 from scripts.files import whole_files
-from scripts.preparation.transforms import FindBraind, RegisterT2d
+from scripts.preparation.transforms import FindBraind, RegisterScansd
 
 TRAINING_FOLDER = "data_train_no_cut"
 VALIDATION_FOLDER = "data_val_no_cut"
@@ -24,7 +24,7 @@ published_volume = Compose(
     [
         LoadSubjectd(),
         FindBraind(),
-        RegisterT2d(),
+        RegisterScansd(),
         CheckSubjectd(),
         Orientationd(["image", "label"], axcodes="LAS", labels=None),
         Spacingd(

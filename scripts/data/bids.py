@@ -34,13 +34,14 @@ class BidsSubject(TypedDict):
     """The files of a subject as in `scripts.data.subjects.Subject`, and their folder.
 
     `anat` is the folder relative to the dataset, such as `sub-01/ses-02/anat`; `mask` is a brain mask and `label` a
-    segmentation, see `TRUE_LABELS`, if there is one.
+    segmentation, see `TRUE_LABELS`, if there is one; `runs` are further runs of T1w and T2w, to be averaged.
     """
 
     subject: str
     image: list[str | None]
     anat: str
     mask: NotRequired[str]
+    runs: NotRequired[list[list[str]]]
     label: NotRequired[str]
 
 
@@ -79,7 +80,7 @@ class _Scan:
 
 
 def find_bids_subjects(
-    dataset_dir: str, contrasts: str = "both"
+    dataset_dir: str, contrasts: str = "both", runs: str = "apart"
 ) -> tuple[list[BidsSubject], dict[str, str | InputError]]:
     """Return all subjects in the `anat` folders of a BIDS dataset, raw or derivative.
 
@@ -87,7 +88,7 @@ def find_bids_subjects(
 
     Args:
         dataset_dir: the folder of the dataset, which needn't exist.
-        contrasts: see `scripts.data.subjects.SubjectFolder`.
+        contrasts, runs: see `scripts.data.subjects.SubjectFolder`.
 
     Returns:
         The subjects, and by id the reasons why others with a T1w or T2w are left out. A reason is an InputError if a
@@ -118,6 +119,10 @@ def find_bids_subjects(
             scans = wanted
         masks = [scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"]
         t1s, t2s = (_best_versions([scan for scan in scans if scan.suffix == suffix]) for suffix in ("T1w", "T2w"))
+        further: dict[_Scan, list[_Scan]] = {}
+        if runs == "average":
+            (t1s, more_t1s), (t2s, more_t2s) = map(_first_runs, (t1s, t2s))
+            further = more_t1s | more_t2s
         alone = contrasts != "both" and not (t1s and t2s)
         if t2s and not t1s and not alone:
             left_out[session] = "has no T1w; --contrasts any segments its T2w alone"
@@ -133,6 +138,9 @@ def find_bids_subjects(
                 "image": [pair.get(f"{name}w") for name in CONTRASTS],
                 "anat": anat.relative_to(root).as_posix(),
             }
+            others = [[str(scan.path) for scan in further.get(each, ())] for each in (first, second) if each]
+            if any(others):
+                subject["runs"] = others
             if own_masks:
                 subject["mask"] = str(own_masks[0].path)
             if label := _label_of(first, scans):
@@ -189,6 +197,14 @@ def _scans(anat: Path, session: str) -> Iterator[_Scan]:
 def _best_versions(scans: Collection[_Scan]) -> list[_Scan]:
     """Of scans that differ only in `desc`, the preferred version; several if they are equally good."""
     return [scan for scan in scans if scan.version == min(other.version for other in scans if other.key == scan.key)]
+
+
+def _first_runs(scans: Collection[_Scan]) -> tuple[list[_Scan], dict[_Scan, list[_Scan]]]:
+    """The first run of each scan, and by it the others, which differ from it in `run-` alone."""
+    by_key: dict[tuple[tuple[str, str], ...], list[_Scan]] = {}
+    for scan in sorted(scans, key=lambda scan: int(scan.entities.get("run", 0))):
+        by_key.setdefault(tuple(pair for pair in scan.key if pair[0] != "run"), []).append(scan)
+    return [first for first, *_ in by_key.values()], {first: others for first, *others in by_key.values()}
 
 
 def _masks_of(t1: _Scan, masks: Collection[_Scan]) -> list[_Scan]:

@@ -65,6 +65,7 @@ DEFAULT_VAL_SUBJECT = "9"
 
 # values of the setting contrasts
 CHOICES_OF_CONTRASTS = ("both", "any", *CONTRASTS)
+CHOICES_OF_RUNS = ("apart", "average")
 
 Ids = int | str | Collection[int | str]
 
@@ -280,6 +281,7 @@ class SubjectFolder:
         folder: the folder to scan.
         contrasts: which scans a subject needs: `both`; `any`, so one suffices; or `T1` or `T2`, and the other is left
             out.
+        runs: `apart`: each run in a session of a BIDS dataset is a subject; or `average`: they are averaged.
 
     Attributes:
         subjects: usable subjects, by ascending id.
@@ -292,18 +294,20 @@ class SubjectFolder:
         in_bids: whether the folder is a BIDS dataset.
 
     Raises:
-        InputError: the folder mixes both layouts, or `contrasts` is something else.
+        InputError: the folder mixes both layouts, or `contrasts` or `runs` is something else.
     """
 
-    def __init__(self, folder: str, contrasts: str = "both") -> None:
+    def __init__(self, folder: str, contrasts: str = "both", runs: str = "apart") -> None:
         if contrasts not in CHOICES_OF_CONTRASTS:
             raise InputError(f"--contrasts {contrasts}: must be one of {', '.join(CHOICES_OF_CONTRASTS)}")
+        if runs not in CHOICES_OF_RUNS:
+            raise InputError(f"--runs {runs}: must be one of {', '.join(CHOICES_OF_RUNS)}")
         self.folder = folder
         self.subjects: list[Subject] = []
         self.bad: dict[str, InputError] = {}
         self.left_out: dict[str, str] = {}
         self.unused: dict[str, str] = {}
-        of_bids, reasons = bids.find_bids_subjects(folder, contrasts)
+        of_bids, reasons = bids.find_bids_subjects(folder, contrasts, runs)
         self.in_bids = bool(of_bids or reasons)
         if self.in_bids:
             for _, path in _named_files(folder, {}, excluded=("derivatives", "sourcedata", "code")):

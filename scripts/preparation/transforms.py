@@ -11,7 +11,7 @@ from monai.transforms import Transform
 from scripts.data.alignment import FEWEST_VOXELS, not_registered
 from scripts.data.checks import LARGEST_SHARE_WITHOUT_T2, require_contrast
 from scripts.data.transforms import meta_tensor
-from scripts.data.volumes import Scan, on_same_grid
+from scripts.data.volumes import Scan, on_same_grid, read_volume
 from scripts.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -73,18 +73,19 @@ class FindBraind(Transform):
         return result
 
 
-class RegisterT2d(Transform):
-    """Register a T2 that isn't on the grid of its T1, or fits T1 better elsewhere.
+class RegisterScansd(Transform):
+    """Bring T2 to the grid of T1, unless it is there and fits; bring further runs there too and average them.
 
-    The T2 in `scans` is then on the grid of T1. `registration` becomes a dict: `registered` tells how T2 was moved, or
-    is empty; `to_t2` is the matrix from RAS mm of T1 to RAS mm of T2, if it was; `not_registered` is the warning of
-    `scripts.data.alignment`, or empty. HDF5 files are only judged.
+    `scans` are then on the grid of the first. `registration` becomes a dict about T2: `registered` tells how it was
+    moved, or is empty; `to_t2` is the matrix from RAS mm of T1 to RAS mm of T2, if it was; `not_registered` is the
+    warning of `scripts.data.alignment`, or of a second search, or empty. HDF5 files are only judged.
 
     Args:
-        prepare: the setting; T2 is only judged unless it names `registration` or is `auto`.
+        prepare: the setting; scans are only judged unless it names `registration` or is `auto`.
 
     Raises:
-        InputError: as `steps_of`; when called, T2 is constant, or on another grid and can't be registered.
+        InputError: as `steps_of`; when called, a scan is constant, or can't be registered and is on another grid or a
+            further run.
     """
 
     def __init__(self, prepare: str | Sequence[str] = "auto") -> None:
@@ -92,35 +93,53 @@ class RegisterT2d(Transform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         result = dict(data)
-        if len(data["scans"]) == 1:
-            return result
-        t1, t2 = data["scans"]
-        brain = (t1.values > 0) if data["brain"] is None else data["brain"] & (t1.values > 0)
+        further = result.pop("runs", [])
+        scans, brain = list(data["scans"]), data["brain"]
+        brain = scans[0].values > 0 if brain is None else brain & (scans[0].values > 0)
         if not brain.any():  # which `CheckSubjectd` says
             return result
+        if len(scans) == 2:
+            scans[1], result["registration"] = self._fitted(scans[1], scans[0], brain)
+        for place, paths in enumerate(further):
+            runs = [scans[place].values]
+            for path in paths:
+                run, about = self._fitted(Scan(*read_volume(path), path), scans[0], brain)
+                if about["not_registered"]:
+                    raise InputError(
+                        f"{path}: it isn't clear where it fits {scans[0].path}; remove this run, or segment each by "
+                        f"--runs apart"
+                    )
+                runs.append(run.values)
+            # scanners may scale each run
+            levels = [run[brain].mean() for run in runs]
+            values = np.mean([run * (levels[0] / level) for run, level in zip(runs, levels, strict=True)], axis=0)
+            scans[place] = scans[place]._replace(values=values.astype(np.float32))
+        return result | {"scans": scans}
+
+    def _fitted(self, scan: Scan, t1: Scan, brain: np.ndarray) -> tuple[Scan, dict[str, Any]]:
+        """A scan on the grid of T1, and what `registration` says of it."""
         sizes = nib.affines.voxel_sizes(t1.affine)
-        same_grid = on_same_grid(t2.values, t2.affine, t1.values, t1.affine)
-        warning = not_registered(t1.values * brain, t2.values, sizes) if same_grid else "T2 is on another grid"
-        result["registration"] = {"registered": "", "not_registered": warning or ""}
+        same_grid = on_same_grid(scan.values, scan.affine, t1.values, t1.affine)
+        warning = not_registered(t1.values * brain, scan.values, sizes) if same_grid else "it is on another grid"
         can_be_judged = same_grid or np.count_nonzero(brain) >= FEWEST_TO_REGISTER
         if not warning or "registration" not in self.steps or not can_be_judged or t1.path.endswith(".h5"):
-            return result
-        require_contrast({"T2": np.ptp(t2.values)}, t2.path)
+            return scan, {"registered": "", "not_registered": warning or ""}
+        require_contrast({"T2": np.ptp(scan.values)}, scan.path)
         # SimpleITK, which takes a tenth of a second and 100 MB, is loaded where it is needed
         from scripts.preparation.registration import register
 
-        found = register(t2.values, t2.affine, t1.values, t1.affine, brain)
+        found = register(scan.values, scan.affine, t1.values, t1.affine, brain)
         covered = found and found.covered >= 1 - LARGEST_SHARE_WITHOUT_T2
         if covered and found.doubt <= LARGEST_DOUBT and not not_registered(t1.values * brain, found.image, sizes):
-            logger.info("%s: registered to T1, %s", t2.path, found)
+            logger.info("%s: registered to T1, %s", scan.path, found)
             doubt = found.doubt > SMALLEST_DOUBT and (
-                f"a second search for the place of T2 ended up to {found.doubt:.1f} mm away; look whether T2 fits T1"
+                f"a second search for its place ended up to {found.doubt:.1f} mm away; look whether it fits T1"
             )
-            result["scans"] = [t1, Scan(found.image, t1.affine, t2.path)]
-            result["registration"] = {"registered": str(found), "to_t2": found.matrix, "not_registered": doubt or ""}
-        elif not same_grid:
-            raise InputError(
-                f"{t2.path}: couldn't be registered to {t1.path}; check that both show the same head, or register it "
-                f"yourself"
-            )
-        return result
+            about = {"registered": str(found), "to_t2": found.matrix, "not_registered": doubt or ""}
+            return Scan(found.image, t1.affine, scan.path), about
+        if same_grid:
+            return scan, {"registered": "", "not_registered": warning}
+        raise InputError(
+            f"{scan.path}: couldn't be registered to {t1.path}; check that both show the same head, or register it "
+            f"yourself"
+        )

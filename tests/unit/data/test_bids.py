@@ -369,3 +369,22 @@ def test_a_head_with_its_skull_is_refused_if_nothing_is_to_be_prepared(tmp_path)
     read_subject({"image": [str(tmp_path / f"small-{kind}.nii") for kind in ("T1", "T2")]}, [])
     with pytest.raises(InputError, match=r"big-T1.nii: T1 is above 0 in 2,109 ml, more than any brain has"):
         read_subject({"image": [str(tmp_path / f"big-{kind}.nii") for kind in ("T1", "T2")]}, [])
+
+
+def test_runs_apart_and_averaged(tmp_path):
+    touch(tmp_path, *pair("sub-1_run-1"), *pair("sub-1_run-2"), *pair("sub-1_run-10"))
+    touch(
+        tmp_path, scan("sub-2_acq-a_run-1_T1w.nii.gz"), scan("sub-2_acq-a_run-2_T1w.nii.gz"), scan("sub-2_T2w.nii.gz")
+    )
+    touch(tmp_path, *pair("sub-3"))
+    apart = SubjectFolder(str(tmp_path))
+    assert list(names(apart.subjects)) == ["sub-1_run-1", "sub-1_run-2", "sub-1_run-10", "sub-3"]
+    assert all("runs" not in subject for subject in apart.subjects)
+    averaged = {subject["subject"]: subject for subject in SubjectFolder(str(tmp_path), runs="average").subjects}
+    assert list(averaged) == ["sub-1_run-1", "sub-2_acq-a_run-1", "sub-3"]
+    runs = [[Path(path).name for path in paths] for paths in averaged["sub-1_run-1"]["runs"]]
+    assert runs == [[f"sub-1_run-{run}_T{n}w.nii.gz" for run in (2, 10)] for n in (1, 2)]
+    assert [len(paths) for paths in averaged["sub-2_acq-a_run-1"]["runs"]] == [1, 0]
+    assert "runs" not in averaged["sub-3"]
+    with pytest.raises(InputError, match=r"^--runs all: must be one of apart, average$"):
+        SubjectFolder(str(tmp_path), runs="all")

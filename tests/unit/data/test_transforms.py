@@ -158,10 +158,21 @@ def test_path_beside_the_image_does_not_disturb_a_change_of_voxel_size(tmp_path)
 
 def test_published_normalisation(tmp_path):
     t1 = np.where(RNG.random(VALUES.shape) > 0.4, VALUES, 0).astype(np.int16)
-    loaded = NormalizeByT1Maskd("image")(read_subject(subject_of(tmp_path, T1=t1, T2=VALUES)))
-    for channel, values in zip(loaded["image"].numpy(), (t1, VALUES), strict=True):
+    t2 = VALUES[::-1] * (t1 > 0)
+    loaded = NormalizeByT1Maskd("image")(read_subject(subject_of(tmp_path, T1=t1, T2=t2)))
+    for channel, values in zip(loaded["image"].numpy(), (t1, t2), strict=True):
         brain = values[t1 > 0].astype(np.float64)
         np.testing.assert_allclose(channel, (values - brain.mean()) / brain.std(), atol=1e-5)
+
+
+def test_t2_of_a_head_beside_a_stripped_t1(tmp_path):
+    t1 = np.where(RNG.random(VALUES.shape) > 0.4, VALUES, 0).astype(np.int16)
+    head = VALUES[::-1].copy()
+    loaded = read_subject(subject_of(tmp_path / "head", T1=t1, T2=head))
+    np.testing.assert_array_equal(loaded["image"][1], head * (t1 > 0))
+    normalised = np.where(t1 > 0, head, -3).astype(np.int16)
+    loaded = read_subject(subject_of(tmp_path / "constant", T1=t1, T2=normalised))
+    np.testing.assert_array_equal(loaded["image"][1], normalised)
 
 
 @pytest.mark.filterwarnings("ignore:std_mean:UserWarning")
