@@ -113,6 +113,7 @@ brain: | $(VENV)/.installed
 	$(RUN) training --config_file configs/brain.json --heads_dir $(HEADS) --heads "['head-01','head-02','head-03', \
 		'head-04','head-05','head-06','head-07','head-08','head-09','head-10','head-11','head-12']"
 	cp --backup=numbered eval/weights/brain/brain.pt models/brain.pt
+	$(PY) -m scripts brain_masks --heads_dir $(HEADS) --heads "['head-13','head-14']" --output_dir eval/weights/brain
 
 # the bundle as a zip to publish, with its checksum, and beside it the list of the packages that it needs (SBOM)
 VERSION := $(shell sed -n 's/^    "version": "\(.*\)",/\1/p' configs/metadata.json)

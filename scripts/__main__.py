@@ -16,7 +16,7 @@ from scripts.errors import InputError, show_input_errors_in_one_line
 COMMANDS = {
     **{name: name for name in ("phantom", "synthesize", "prepare_hdf5", "import_weights", "cross_validate")},
     "gather_folds": "cross_validate",
-    **{name: name for name in ("submission", "package", "robustness", "compare_recipes", "bench")},
+    **{name: name for name in ("submission", "package", "robustness", "brain_masks", "compare_recipes", "bench")},
 }
 
 

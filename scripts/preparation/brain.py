@@ -73,13 +73,14 @@ def brain_of(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | No
     if not may_show_a_head(scan, affine) or not np.ptp(scan):
         return None
     found = _brain_voxels(scan, affine)
-    if np.count_nonzero(found & (scan > 0)) >= SMALLEST_SHARE_OF_STRIPPED * np.count_nonzero(scan > 0):
+    shown, voxel_ml = scan > 0, abs(np.linalg.det(affine[:3, :3])) / 1000
+    is_stripped = np.count_nonzero(found & shown) >= SMALLEST_SHARE_OF_STRIPPED * np.count_nonzero(shown)
+    if is_stripped and np.count_nonzero(shown) * voxel_ml <= USUAL_BRAINS[1]:
         return None
     parts, _ = label(found)
     pieces = np.bincount(parts[found], minlength=2)
     mask = binary_fill_holes(parts == pieces.argmax()) if pieces.any() else found
-    sizes = nib.affines.voxel_sizes(affine)
-    volume = np.count_nonzero(mask) * float(sizes.prod()) / 1000
+    sizes, volume = nib.affines.voxel_sizes(affine), np.count_nonzero(mask) * voxel_ml
     if not USUAL_BRAINS[0] <= volume <= USUAL_BRAINS[1] or pieces.max() < SMALLEST_PIECE * pieces.sum():
         raise InputError(
             f"{path}: no brain is found in it ({volume:,.0f} ml look like brain); check the scan and its orientation, "

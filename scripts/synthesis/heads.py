@@ -18,6 +18,10 @@ from scripts.synthesis.structures import read_head
 VOXEL = 2.0
 # mm of a voxel of a label map, by which an adult's head is multiplied to that of a newborn up to two years
 HEAD_SCALE = (0.55, 1.0)
+# what an image looks like, and how often: the contrast of a T1, of a T2, or any
+CONTRASTS, SHARES = ("T1", "T2", "any"), (0.35, 0.35, 0.3)
+# mm along each axis of a whole head
+FIELD = 224
 # classes of a head: 0 air, the structures of the brain, then the labels around it, then the spinal CSF
 FIRST_OUTER = len(STRUCTURES) + 1
 SPINAL = FIRST_OUTER + len(OUTER_LABELS)
@@ -89,11 +93,33 @@ def draw_head(source: HeadMap, rng: np.random.Generator, size: Sequence[int]) ->
         Intensities, float32 (1, X, Y, Z), with the 99th percentile near 1, and the mask of the brain, uint8
         (1, X, Y, Z).
     """
-    classes = _classes(source, rng, size)
-    shown = _shown(classes, rng)
+    classes = _classes(source, rng, size, VOXEL, source.brain[rng.integers(len(source.brain))] + rng.normal(0, 30, 3))
+    return _image(classes, _shown(classes, rng), rng, rng.choice(CONTRASTS, p=SHARES))
+
+
+def draw_whole_head(
+    source: HeadMap, rng: np.random.Generator, contrast: str, voxel: float = 1.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw a whole head with the neck and the air around it, to measure a network; see `draw_head`.
+
+    Args:
+        source: the map of the head.
+        rng: the source of all randomness.
+        contrast: one of CONTRASTS.
+        voxel: side in mm.
+    """
+    size = [round(FIELD / voxel)] * 3
+    classes = _classes(source, rng, size, voxel, source.brain.mean(0))
+    return _image(classes, torch.ones_like(classes, dtype=torch.bool), rng, contrast)
+
+
+def _image(
+    classes: torch.Tensor, shown: torch.Tensor, rng: np.random.Generator, contrast: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Intensities and mask of classes (X, Y, Z) where the scan shows something."""
+    size = classes.shape
     mask = ((classes > 0) & (classes < FIRST_OUTER) & shown).to(torch.uint8)
-    intensities = _intensities(rng)
-    image = torch.from_numpy(intensities.astype(np.float32))[classes][None]
+    image = torch.from_numpy(_intensities(rng, contrast).astype(np.float32))[classes][None]
     # each class varies: fat and muscle lie side by side in the soft tissue, and WM differs from place to place
     within, around = smooth_field(rng, size, rng.uniform(2, 12), 2)
     image = image * (1 + torch.where(mask > 0, rng.uniform(0, 0.15) * within, rng.uniform(0, 0.3) * around))
@@ -115,13 +141,14 @@ def draw_head(source: HeadMap, rng: np.random.Generator, size: Sequence[int]) ->
     return image, mask[None]
 
 
-def _classes(source: HeadMap, rng: np.random.Generator, size: Sequence[int]) -> torch.Tensor:
-    """Classes of a turned, scaled and bent part of the head, int64 (X, Y, Z)."""
-    scales = rng.uniform(*HEAD_SCALE) * rng.uniform(0.92, 1.08, 3) / VOXEL
+def _classes(
+    source: HeadMap, rng: np.random.Generator, size: Sequence[int], voxel: float, centre: np.ndarray
+) -> torch.Tensor:
+    """Classes of a turned, scaled and bent part of the head around a voxel of the map, int64 (X, Y, Z)."""
+    scales = rng.uniform(*HEAD_SCALE) * rng.uniform(0.92, 1.08, 3) / voxel
     scales[0] *= rng.choice([-1, 1])
     degrees = rng.normal(0, 12, 3) if rng.random() < 0.8 else rng.uniform(-40, 40, 3)
     turn = Rotation.from_euler("xyz", degrees, degrees=True).as_matrix()
-    centre = source.brain[rng.integers(len(source.brain))] + rng.normal(0, 12, 3) / np.abs(scales)
     where = torch.stack(
         torch.meshgrid(*(torch.arange(side, dtype=torch.float32) - (side - 1) / 2 for side in size), indexing="ij")
     )
@@ -164,15 +191,14 @@ def _shown(classes: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     return shown
 
 
-def _intensities(rng: np.random.Generator) -> np.ndarray:
-    """Mean intensity of each class: like a T1, like a T2, or any."""
+def _intensities(rng: np.random.Generator, contrast: str) -> np.ndarray:
+    """Mean intensity of each class."""
     means = np.zeros(CLASSES)
-    kind = rng.random()
-    if kind < 0.3:
+    if contrast == "any":
         means[:] = rng.uniform(0, 1, CLASSES)
         tissues = rng.uniform(0, 1, 4)
     else:
-        like_t1 = kind < 0.65
+        like_t1 = contrast == "T1"
         means[FIRST_OUTER:] = rng.uniform(0.2, 0.8, CLASSES - FIRST_OUTER)
         for outer, in_t1, in_t2 in KINDS:
             for label in outer:
