@@ -27,8 +27,8 @@ def brain_masks(
 ) -> None:
     """Find the brain in synthetic heads of each contrast, and compare the mask with the true one.
 
-    Prints the Dice of the mask in percent, median and worst, and the largest piece in it that isn't brain, in ml. Writes
-    that to `brain_masks.md`, and the figures of each head to `brain_masks.csv`.
+    Prints the Dice of the mask in percent, median and worst, and the largest piece in it that isn't brain, in ml.
+    Writes that to `brain_masks.md`, and the figures of each head to `brain_masks.csv`.
 
     Args:
         heads_dir: label maps of whole heads with FreeSurfer's numbers, that the network didn't train on.

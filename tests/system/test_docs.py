@@ -136,6 +136,8 @@ def test_command_of_the_pages(home, page, command, request):
         arguments += QUICK
     if "compare_recipes" in arguments:
         arguments += ["--minutes", "0.01", "--seeds", "1", "--names", "['bundle']"]
+    if "brain_masks" in arguments:
+        arguments += ["--draws", "1"]
     if "phantom" in arguments:
         arguments[arguments.index("--subjects") + 1] = "1"
         arguments[arguments.index("--unlabeled") + 1] = "0"
