@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from scripts.errors import InputError, require_whole_numbers
 from scripts.files import whole_files
-from scripts.preparation.brain import brain_of
+from scripts.preparation.brain import find_brain
 from scripts.results.tables import markdown_table, write_csv
 from scripts.synthesis.heads import CONTRASTS, draw_whole_head, read_head_map
 from scripts.synthesis.label_maps import find_label_maps
@@ -59,7 +59,7 @@ def brain_masks(
 def _compared(image: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     """Dice of the mask and the largest piece of something else in ml; 0 and nothing if the scan is refused."""
     try:
-        found = brain_of(image, np.eye(4), "")
+        found = find_brain(image, np.eye(4), "")
     except InputError:
         return {"dice": 0.0, "other_ml": 0.0}
     mask = image > 0 if found is None else found.mask

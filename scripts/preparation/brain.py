@@ -29,8 +29,9 @@ LARGEST_SHARE_OF_FACE = 0.04
 SMALLEST_SHARE_OF_STRIPPED = 0.85
 # ml of a brain from birth to adulthood, with some room
 USUAL_BRAINS = (200, 1800)
-# share of what the network takes for brain that is in one piece, at least
+# share of what the network takes for brain that is in one piece, at least, and of which it is sure, by its probability
 SMALLEST_PIECE = 0.7
+SURE, SMALLEST_SURE = 0.9, 0.75
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +58,11 @@ def may_show_a_head(scan: np.ndarray, affine: np.ndarray) -> bool:
 
 
 def brain_of(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | None:
+    """Find the brain in a scan, unless it plainly shows no head; see `find_brain`."""
+    return find_brain(scan, affine, path) if may_show_a_head(scan, affine) else None
+
+
+def find_brain(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | None:
     """Find the brain in a scan, unless the scan shows nothing else.
 
     Args:
@@ -65,14 +71,15 @@ def brain_of(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | No
         path: for messages.
 
     Returns:
-        None if the scan is skull-stripped.
+        None if the scan is skull-stripped, or constant.
 
     Raises:
         InputError: there is no brain in it, or the network isn't sure where.
     """
-    if not may_show_a_head(scan, affine) or not np.ptp(scan):
+    if not np.ptp(scan):
         return None
-    found = _brain_voxels(scan, affine)
+    probability = _brain_probability(scan, affine)
+    found = probability > 0.5
     shown, voxel_ml = scan > 0, abs(np.linalg.det(affine[:3, :3])) / 1000
     is_stripped = np.count_nonzero(found & shown) >= SMALLEST_SHARE_OF_STRIPPED * np.count_nonzero(shown)
     if is_stripped and np.count_nonzero(shown) * voxel_ml <= USUAL_BRAINS[1]:
@@ -81,7 +88,8 @@ def brain_of(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | No
     pieces = np.bincount(parts[found], minlength=2)
     mask = binary_fill_holes(parts == pieces.argmax()) if pieces.any() else found
     sizes, volume = nib.affines.voxel_sizes(affine), np.count_nonzero(mask) * voxel_ml
-    if not USUAL_BRAINS[0] <= volume <= USUAL_BRAINS[1] or pieces.max() < SMALLEST_PIECE * pieces.sum():
+    unusual = not USUAL_BRAINS[0] <= volume <= USUAL_BRAINS[1]
+    if unusual or pieces.max() < SMALLEST_PIECE * pieces.sum() or (probability[found] > SURE).mean() < SMALLEST_SURE:
         raise InputError(
             f"{path}: no brain is found in it ({volume:,.0f} ml look like brain); check the scan and its orientation, "
             f"or give it skull-stripped, 0 outside the brain"
@@ -111,8 +119,8 @@ def _trained_network() -> SkipDenseSeg:
 
 
 @torch.no_grad()
-def _brain_voxels(scan: np.ndarray, affine: np.ndarray) -> np.ndarray:
-    """What the network takes for brain, bool (X, Y, Z)."""
+def _brain_probability(scan: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    """The network's probability of brain, from 0 to 1, (X, Y, Z)."""
     network, orientation = _trained_network(), Orientation("RAS", labels=None)
     values = np.ascontiguousarray(scan, dtype=np.float32).clip(min=0)
     head = orientation(MetaTensor(torch.from_numpy(values)[None], affine=torch.from_numpy(affine)))
@@ -126,4 +134,4 @@ def _brain_voxels(scan: np.ndarray, affine: np.ndarray) -> np.ndarray:
     logits = SlidingWindowInferer(window, overlap=0.25, mode="gaussian")(image, network)
     probability = logits.softmax(1)[:, 1:, : shape[0], : shape[1], : shape[2]]
     head.set_array(interpolate(probability, head.shape[1:], mode="trilinear")[0])
-    return orientation.inverse(head)[0].numpy() > 0.5
+    return orientation.inverse(head)[0].numpy()

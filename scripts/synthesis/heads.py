@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from scipy.ndimage import binary_closing, binary_fill_holes
 from scipy.spatial.transform import Rotation
 
 from scripts.data.structures import OUTER_LABELS, STRUCTURES, TISSUE_OF
@@ -18,6 +19,8 @@ from scripts.synthesis.structures import read_head
 VOXEL = 2.0
 # mm of a voxel of a label map, by which an adult's head is multiplied to that of a newborn up to two years
 HEAD_SCALE = (0.55, 1.0)
+# voxels of the gaps in a brain that are closed in its mask
+WIDEST_GAP = 6
 # what an image looks like, and how often: the contrast of a T1, of a T2, or any
 CONTRASTS, SHARES = ("T1", "T2", "any"), (0.35, 0.35, 0.3)
 # mm along each axis of a whole head
@@ -58,11 +61,13 @@ class HeadMap:
     Attributes:
         name: of the file, without suffix.
         classes: uint8 (X, Y, Z), voxels of about 1 mm on axes to the right, the front and the top.
-        brain: positions of the brain's voxels, (N, 3).
+        mask: bool (X, Y, Z), the brain with the folds of dura and the gaps within it, which maps leave out.
+        brain: positions of voxels of the mask, (N, 3).
     """
 
     name: str
     classes: np.ndarray
+    mask: np.ndarray
     brain: np.ndarray
 
 
@@ -78,7 +83,8 @@ def read_head_map(path: str | Path) -> HeadMap:
     structures, outer, spinal = read_head(path)
     classes = np.where(outer > 0, outer + np.uint8(FIRST_OUTER - 1), structures)
     classes[spinal > 0] = SPINAL
-    return HeadMap(label_map_name(Path(path)), classes, np.argwhere(structures > 0)[::50].astype(np.int16))
+    mask = binary_fill_holes(binary_closing(structures > 0, iterations=WIDEST_GAP // 2))
+    return HeadMap(label_map_name(Path(path)), classes, mask, np.argwhere(mask)[::50].astype(np.int16))
 
 
 def draw_head(source: HeadMap, rng: np.random.Generator, size: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -93,8 +99,9 @@ def draw_head(source: HeadMap, rng: np.random.Generator, size: Sequence[int]) ->
         Intensities, float32 (1, X, Y, Z), with the 99th percentile near 1, and the mask of the brain, uint8
         (1, X, Y, Z).
     """
-    classes = _classes(source, rng, size, VOXEL, source.brain[rng.integers(len(source.brain))] + rng.normal(0, 30, 3))
-    return _image(classes, _shown(classes, rng), rng, rng.choice(CONTRASTS, p=SHARES))
+    centre = source.brain[rng.integers(len(source.brain))] + rng.normal(0, 30, 3)
+    classes, mask = _part(source, rng, size, VOXEL, centre)
+    return _image(classes, mask, _shown(classes, mask, rng), rng, rng.choice(CONTRASTS, p=SHARES))
 
 
 def draw_whole_head(
@@ -109,20 +116,19 @@ def draw_whole_head(
         voxel: side in mm.
     """
     size = [round(FIELD / voxel)] * 3
-    classes = _classes(source, rng, size, voxel, source.brain.mean(0))
-    return _image(classes, torch.ones_like(classes, dtype=torch.bool), rng, contrast)
+    classes, mask = _part(source, rng, size, voxel, source.brain.mean(0))
+    return _image(classes, mask, torch.ones_like(mask), rng, contrast)
 
 
 def _image(
-    classes: torch.Tensor, shown: torch.Tensor, rng: np.random.Generator, contrast: str
+    classes: torch.Tensor, mask: torch.Tensor, shown: torch.Tensor, rng: np.random.Generator, contrast: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Intensities and mask of classes (X, Y, Z) where the scan shows something."""
     size = classes.shape
-    mask = ((classes > 0) & (classes < FIRST_OUTER) & shown).to(torch.uint8)
     image = torch.from_numpy(_intensities(rng, contrast).astype(np.float32))[classes][None]
     # each class varies: fat and muscle lie side by side in the soft tissue, and WM differs from place to place
     within, around = smooth_field(rng, size, rng.uniform(2, 12), 2)
-    image = image * (1 + torch.where(mask > 0, rng.uniform(0, 0.15) * within, rng.uniform(0, 0.3) * around))
+    image = image * (1 + torch.where(mask, rng.uniform(0, 0.15) * within, rng.uniform(0, 0.3) * around))
     image = blurred(image, float(rng.uniform(0.2, 0.9)))
     if rng.random() < 0.2:
         image = with_thick_slices(image, int(rng.integers(3)), float(rng.uniform(1.2, 3)))
@@ -138,13 +144,13 @@ def _image(
     image = image * shown
     image = image / image.quantile(0.99).clamp(min=1e-3)
     image = image.clamp(min=0) ** float(np.exp(rng.normal(0, 0.2))) * float(rng.uniform(0.7, 1.4))
-    return image, mask[None]
+    return image, (mask & shown)[None].to(torch.uint8)
 
 
-def _classes(
+def _part(
     source: HeadMap, rng: np.random.Generator, size: Sequence[int], voxel: float, centre: np.ndarray
-) -> torch.Tensor:
-    """Classes of a turned, scaled and bent part of the head around a voxel of the map, int64 (X, Y, Z)."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Classes, int64, and mask, bool, of a turned, scaled and bent part of the head around a voxel, (X, Y, Z)."""
     scales = rng.uniform(*HEAD_SCALE) * rng.uniform(0.92, 1.08, 3) / voxel
     scales[0] *= rng.choice([-1, 1])
     degrees = rng.normal(0, 12, 3) if rng.random() < 0.8 else rng.uniform(-40, 40, 3)
@@ -160,6 +166,7 @@ def _classes(
     beyond = ((where < 0) | (where > last)).any(0)
     x, y, z = torch.minimum(where.clamp(min=0), last)
     classes = torch.from_numpy(source.classes)[x, y, z].long()
+    mask = torch.from_numpy(source.mask)[x, y, z] & ~beyond
     classes[beyond] = 0
     if rng.random() < 0.7:  # an infant's bone is thin
         thin = smooth_field(rng, size, rng.uniform(4, 20))[0] > rng.uniform(-1, 1)
@@ -168,21 +175,20 @@ def _classes(
     if rng.random() < 0.5:  # the maps don't tell fat from muscle
         fat = smooth_field(rng, size, rng.uniform(2, 8))[0] > rng.uniform(-0.5, 1.5)
         classes[(classes == _class_of(SOFT_TISSUE)) & fat] = _class_of(FAT)
-    return classes
+    return classes, mask
 
 
 def _class_of(label: int) -> int:
     return FIRST_OUTER + OUTER_LABELS.index(label)
 
 
-def _shown(classes: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+def _shown(classes: torch.Tensor, brain: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """Where the scan shows something, bool (X, Y, Z): some are cut off, defaced or skull-stripped."""
     shown = torch.ones_like(classes, dtype=torch.bool)
     size = classes.shape
     for axis in rng.permutation(3)[: rng.choice(3, p=[0.4, 0.4, 0.2])]:
         lost = int(size[axis] * rng.uniform(0.05, 0.35))
         shown.narrow(int(axis), 0 if rng.random() < 0.5 else size[axis] - lost, lost).fill_(False)
-    brain = (classes > 0) & (classes < FIRST_OUTER)
     kind = rng.random()
     if kind < 0.12:
         shown &= brain

@@ -29,7 +29,7 @@ def test_figures(heads, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "draw_whole_head", lambda head, rng, contrast: (image, torch.from_numpy(truth)[None]))
     answers = {"T1": FoundBrain(found, 1, 0), "T2": FoundBrain(truth, 1, 0)}
 
-    def brain_of(scan, affine, path):
+    def find_brain(scan, affine, path):
         contrast = command.CONTRASTS[len(calls) // 2 % 3]
         calls.append(contrast)
         if contrast == "any":
@@ -37,7 +37,7 @@ def test_figures(heads, tmp_path, monkeypatch, capsys):
         return answers[contrast]
 
     calls: list[str] = []
-    monkeypatch.setattr(command, "brain_of", brain_of)
+    monkeypatch.setattr(command, "find_brain", find_brain)
     command.brain_masks(str(heads), str(tmp_path / "out"), draws=2)
     rows = read_csv(tmp_path / "out" / "brain_masks.csv")
     assert len(rows) == 2 * 3 * 2

@@ -1,9 +1,12 @@
 """Which scans the network is asked about."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from scripts.data.volumes import Scan
+from scripts.errors import InputError
 from scripts.preparation import brain
 from scripts.preparation.brain import brain_of, may_show_a_head
 from scripts.preparation.transforms import FindBraind
@@ -29,8 +32,8 @@ def test_what_may_be_a_head():
 @pytest.fixture
 def found(monkeypatch):
     """What the network finds, to be filled in."""
-    answer: dict[str, np.ndarray] = {}
-    monkeypatch.setattr(brain, "_brain_voxels", lambda scan, affine: answer["mask"])
+    answer: dict[str, Any] = {"sure": 0.95}
+    monkeypatch.setattr(brain, "_brain_probability", lambda scan, affine: np.where(answer["mask"], answer["sure"], 0))
     return answer
 
 
@@ -59,7 +62,13 @@ def test_the_largest_piece_without_holes(found):
 )
 def test_what_is_no_brain(found, make):
     found["mask"] = make()
-    with pytest.raises(ValueError, match=r"^T1: no brain is found in it \(.* ml look like brain\); check the"):
+    with pytest.raises(InputError, match=r"^T1: no brain is found in it \(.* ml look like brain\); check the"):
+        brain_of(ball(90), AFFINE, "T1")
+
+
+def test_a_brain_of_which_the_network_is_not_sure(found):
+    found |= {"mask": ball(60) > 0, "sure": 0.8}
+    with pytest.raises(InputError, match=r"^T1: no brain is found in it"):
         brain_of(ball(90), AFFINE, "T1")
 
 
