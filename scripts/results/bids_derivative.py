@@ -30,7 +30,7 @@ LABELS = (
 )
 # files for which BIDS has no names
 BIDSIGNORE = (
-    *("figures", "report.html", "*-provenance.json", "volumes.tsv", "volumes.json", "*_uncertainty.*"),
+    *("figures", "report.html", "*-provenance.json", "volumes.tsv", "volumes.json", "*_uncertainty.*", "*_xfm.txt"),
     *("rank-*.log", "mlruns", "mlruns.db"),
 )
 VOLUME_COLUMNS = {

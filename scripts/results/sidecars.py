@@ -17,6 +17,8 @@ DESCRIPTIONS = {
     "T2-registered": "T2w, registered to the T1w by a rigid transform",
     "uncertainty": "How uncertain the label is, from 0 (certain) to 1 (all classes equally probable)",
 }
+# further fields, which BIDS wants
+FIELDS = {"brain-mask": {"Type": "Brain"}, "T2-registered": {"SkullStripped": True}}
 
 
 def to_json(content: Mapping[str, Any]) -> str:
@@ -39,5 +41,6 @@ def write_sidecar(path: Path, item: Mapping[str, Any], what: str) -> None:
     )
     sources = [f"bids:{SOURCE}:{item['anat']}/{Path(file).name}" for file in files]
     sidecar = {"Description": DESCRIPTIONS[what], "Manual": False, "Sources": sources, "SpatialReference": sources[0]}
+    sidecar |= FIELDS.get(what, {})
     with whole_files(path.parent) as temporary:
         (temporary / f"{path.name.split('.')[0]}.json").write_text(to_json(sidecar))

@@ -11,6 +11,8 @@ from helpers import ROOT, bids_errors, bids_folder, configured, refused_run, sav
 from processes import assert_one_line, bundle, s3_server, segmenting, server_environment
 
 from scripts.results.tables import read_csv
+from scripts.synthesis.contrast import nominal, six_month_subject
+from scripts.synthesis.phantom_brains import label_map
 
 STEMS = ("sub-01", "sub-02_ses-a_run-1", "sub-02_ses-a_run-2", "sub-02_ses-b_acq-mprage")
 
@@ -115,3 +117,26 @@ def test_several_devices_and_a_server(pieces, tmp_path, monkeypatch):
     assert len(list(copy.rglob("*_dseg.json"))) == len(list(copy.rglob("*_dseg.nii.gz"))) == 3
     assert json.loads((copy / "dataset_description.json").read_text())["DatasetLinks"] == {"source": "../.."}
     assert bids_errors(copy) == set()
+
+
+def test_what_was_prepared(tmp_path):
+    """T2 was out of place: mask, registered T2 and transform are part of a valid dataset."""
+    data, output = tmp_path / "data", tmp_path / "out"
+    rng = np.random.default_rng(5)
+    label = label_map(rng)[20:124, 40:140, 70:170]
+    brain = six_month_subject(label, nominal(label, rng), rng)
+    brain["T2"] = np.roll(brain["T2"], 4, axis=2)
+    save_bids(data, "sub-01_ses-a", brain)
+    configured(data, output, save_prepared=True).run()
+    anat = output / "sub-01/ses-a/anat"
+    names = {path.name for path in anat.iterdir()}
+    stem = "sub-01_ses-a"
+    for result, description in (("desc-brain_mask", "Brain"), ("space-T1w_desc-skipdenseseg_T2w", "T2w, registered")):
+        assert f"{stem}_{result}.nii.gz" in names
+        sidecar = json.loads((anat / f"{stem}_{result}.json").read_text())
+        assert sidecar["Description"].startswith(description)
+        assert sidecar["SpatialReference"] == f"bids:source:sub-01/ses-a/anat/{stem}_T1w.nii.gz"
+    assert f"{stem}_from-T2w_to-T1w_mode-image_desc-skipdenseseg_xfm.txt" in names
+    mask = np.asarray(nib.load(anat / f"{stem}_desc-brain_mask.nii.gz").dataobj)
+    np.testing.assert_array_equal(mask, brain["T1"] > 0)
+    assert bids_errors(output) == set()
