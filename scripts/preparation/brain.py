@@ -29,6 +29,8 @@ LARGEST_SHARE_OF_FACE = 0.04
 SMALLEST_SHARE_OF_STRIPPED = 0.85
 # ml of a brain from birth to adulthood, with some room
 USUAL_BRAINS = (200, 1800)
+# below one half, since what is cut off is lost, while the network of the tissues may label what is left around
+THRESHOLD = 0.35
 # share of what the network takes for brain that is in one piece, at least, and of which it is sure, by its probability
 SMALLEST_PIECE = 0.7
 SURE, SMALLEST_SURE = 0.9, 0.75
@@ -79,7 +81,7 @@ def find_brain(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | 
     if not np.ptp(scan):
         return None
     probability = _brain_probability(scan, affine)
-    found = probability > 0.5
+    found = probability > THRESHOLD
     shown, voxel_ml = scan > 0, abs(np.linalg.det(affine[:3, :3])) / 1000
     is_stripped = np.count_nonzero(found & shown) >= SMALLEST_SHARE_OF_STRIPPED * np.count_nonzero(shown)
     if is_stripped and np.count_nonzero(shown) * voxel_ml <= USUAL_BRAINS[1]:
@@ -88,8 +90,9 @@ def find_brain(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | 
     pieces = np.bincount(parts[found], minlength=2)
     mask = binary_fill_holes(parts == pieces.argmax()) if pieces.any() else found
     sizes, volume = nib.affines.voxel_sizes(affine), np.count_nonzero(mask) * voxel_ml
-    unusual = not USUAL_BRAINS[0] <= volume <= USUAL_BRAINS[1]
-    if unusual or pieces.max() < SMALLEST_PIECE * pieces.sum() or (probability[found] > SURE).mean() < SMALLEST_SURE:
+    usual = USUAL_BRAINS[0] <= volume <= USUAL_BRAINS[1]
+    sure = np.count_nonzero(probability > SURE) >= SMALLEST_SURE * np.count_nonzero(probability > 0.5)
+    if not (usual and sure and pieces.max() >= SMALLEST_PIECE * pieces.sum()):
         raise InputError(
             f"{path}: no brain is found in it ({volume:,.0f} ml look like brain); check the scan and its orientation, "
             f"or give it skull-stripped, 0 outside the brain"

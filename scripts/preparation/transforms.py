@@ -99,11 +99,11 @@ class RegisterScansd(Transform):
         if not brain.any():  # which `CheckSubjectd` says
             return result
         if len(scans) == 2:
-            scans[1], result["registration"] = self._fitted(scans[1], scans[0], brain)
+            scans[1], result["registration"] = self._fitted(scans[1], scans[0], brain, "head" in data)
         for place, paths in enumerate(further):
             runs = [scans[place].values]
             for path in paths:
-                run, about = self._fitted(Scan(*read_volume(path), path), scans[0], brain)
+                run, about = self._fitted(Scan(*read_volume(path), path), scans[0], brain, True)
                 if about["not_registered"]:
                     raise InputError(
                         f"{path}: it isn't clear where it fits {scans[0].path}; remove this run, or segment each by "
@@ -116,8 +116,11 @@ class RegisterScansd(Transform):
             scans[place] = scans[place]._replace(values=values.astype(np.float32))
         return result | {"scans": scans}
 
-    def _fitted(self, scan: Scan, t1: Scan, brain: np.ndarray) -> tuple[Scan, dict[str, Any]]:
-        """A scan on the grid of T1, and what `registration` says of it."""
+    def _fitted(self, scan: Scan, t1: Scan, brain: np.ndarray, is_raw: bool) -> tuple[Scan, dict[str, Any]]:
+        """A scan on the grid of T1, and what `registration` says of it.
+
+        One that is prepared may be there although it can't be registered; a raw one then isn't used.
+        """
         sizes = nib.affines.voxel_sizes(t1.affine)
         same_grid = on_same_grid(scan.values, scan.affine, t1.values, t1.affine)
         warning = not_registered(t1.values * brain, scan.values, sizes) if same_grid else "it is on another grid"
@@ -128,7 +131,8 @@ class RegisterScansd(Transform):
         # SimpleITK, which takes a tenth of a second and 100 MB, is loaded where it is needed
         from scripts.preparation.registration import register
 
-        found = register(scan.values, scan.affine, t1.values, t1.affine, brain)
+        # skull and skin, which move against the brain and differ between the contrasts, would lead astray
+        found = register(scan.values, scan.affine, t1.values * brain, t1.affine, brain)
         covered = found and found.covered >= 1 - LARGEST_SHARE_WITHOUT_T2
         if covered and found.doubt <= LARGEST_DOUBT and not not_registered(t1.values * brain, found.image, sizes):
             logger.info("%s: registered to T1, %s", scan.path, found)
@@ -137,7 +141,7 @@ class RegisterScansd(Transform):
             )
             about = {"registered": str(found), "to_t2": found.matrix, "not_registered": doubt or ""}
             return Scan(found.image, t1.affine, scan.path), about
-        if same_grid:
+        if same_grid and not is_raw:
             return scan, {"registered": "", "not_registered": warning}
         raise InputError(
             f"{scan.path}: couldn't be registered to {t1.path}; check that both show the same head, or register it "
