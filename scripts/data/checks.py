@@ -4,6 +4,7 @@ import logging
 from collections.abc import Mapping
 
 import numpy as np
+from scipy.ndimage import binary_erosion, find_objects
 from scipy.stats import skew
 
 from scripts.data.alignment import FEWEST_VOXELS, LARGEST_NEGATIVE_SHARE, SAME, has_values
@@ -24,6 +25,8 @@ LARGEST_SHARE_OUTSIDE = 0.25
 # CSF is a tail of dark voxels in T1 and of bright ones in T2, so T1 is skewed to the left of T2: by 0.4 and more on
 # twelve synthetic scans, by 0.07 and 0.29 on two averages of infants' scans
 LARGEST_SKEW_OF_T1 = 0.1
+# voxels at the edge of the brain, of which a mask may hold something else
+EDGE = 3
 # voxels at either end that may be artefacts, and by how much they may widen the spread: by at most 1 % on twelve
 # synthetic scans and two averages of infants' scans
 EXTREME_SHARE = 0.001
@@ -132,16 +135,26 @@ def exchanged(t1: np.ndarray, t2: np.ndarray) -> str | None:
         t1, t2: (X, Y, Z); T1 is above 0 only in the brain.
     """
     brain = t1 > 0
+    if not _skewed_like_exchanged(t1, t2, brain):
+        return None
+    # the edge of a mask may hold bone and skin, so what is within has to agree
+    box = find_objects(brain.view(np.uint8))[0]
+    within = binary_erosion(brain[box], iterations=EDGE)
+    if np.count_nonzero(within) >= FEWEST_VOXELS and not _skewed_like_exchanged(t1[box], t2[box], within):
+        return None
+    return "the intensities of T1 look like those of a T2, and the reverse; swap the files if they were mixed up"
+
+
+def _skewed_like_exchanged(t1: np.ndarray, t2: np.ndarray, brain: np.ndarray) -> bool:
+    """Whether T1 is skewed to the right of T2 in a brain (X, Y, Z)."""
     # the outermost voxels are artefacts more often than tissue; every eighth voxel is enough
     samples = [np.sort(each[brain][::8]).astype(np.float64) for each in (t1, t2)]
     end = 1 + len(samples[0]) // 1000
     samples = [sample[end:-end] for sample in samples]
     if len(samples[0]) < FEWEST_VOXELS // 8 or not all(map(np.ptp, samples)):
-        return None
+        return False
     first, second = map(skew, samples)
-    if not first > second + LARGEST_SKEW_OF_T1:
-        return None
-    return "the intensities of T1 look like those of a T2, and the reverse; swap the files if they were mixed up"
+    return bool(first > second + LARGEST_SKEW_OF_T1)
 
 
 def extreme_voxels(scans: Mapping[str, np.ndarray]) -> str | None:

@@ -20,6 +20,8 @@ from scripts.weights import load_weights
 WEIGHTS = ROOT / "models" / "brain.pt"
 # mm of the voxels that the network sees
 VOXEL = 2.0
+# mm along an axis; in slices thicker than this it can't be relied on
+LARGEST_VOXEL = 6.0
 # voxels along each axis that it sees at a time; nearly all heads have fewer
 LARGEST_WINDOW = 128
 # a stripped scan is above 0 in less, ml, and on a smaller share of each face of its volume; of others the network tells
@@ -76,10 +78,16 @@ def find_brain(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | 
         None if the scan is skull-stripped, or constant.
 
     Raises:
-        InputError: there is no brain in it, or the network isn't sure where.
+        InputError: there is no brain in it, the network isn't sure where, or the voxels are too large.
     """
     if not np.ptp(scan):
         return None
+    sizes = nib.affines.voxel_sizes(affine)
+    if sizes.max() > LARGEST_VOXEL:
+        raise InputError(
+            f"{path}: isn't skull-stripped, and its voxels of {sizes.max():.3g} mm are too large to find the brain; "
+            f"give it skull-stripped, 0 outside the brain"
+        )
     probability = _brain_probability(scan, affine)
     found = probability > THRESHOLD
     shown, voxel_ml = scan > 0, abs(np.linalg.det(affine[:3, :3])) / 1000
@@ -89,7 +97,7 @@ def find_brain(scan: np.ndarray, affine: np.ndarray, path: str) -> FoundBrain | 
     parts, _ = label(found)
     pieces = np.bincount(parts[found], minlength=2)
     mask = binary_fill_holes(parts == pieces.argmax()) if pieces.any() else found
-    sizes, volume = nib.affines.voxel_sizes(affine), np.count_nonzero(mask) * voxel_ml
+    volume = np.count_nonzero(mask) * voxel_ml
     usual = USUAL_BRAINS[0] <= volume <= USUAL_BRAINS[1]
     sure = np.count_nonzero(probability > SURE) >= SMALLEST_SURE * np.count_nonzero(probability > 0.5)
     if not (usual and sure and pieces.max() >= SMALLEST_PIECE * pieces.sum()):
