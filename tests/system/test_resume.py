@@ -97,7 +97,7 @@ def test_training_anew_keeps_the_state_of_the_former(dataset, tmp_path, uninterr
         ({"loss#include_background": True}, "its training began with loss _modules dice include_background False, "),
         ({"optimizer#weight_decay": 0.5}, "optimizer state param_groups 0 weight_decay 0.01, not 0.5"),
         ({"lr_scheduler#div_factor": 10}, "its training began with optimizer state param_groups 0 lr "),
-        ({"train#augmentation#1#prob": 0.2}, "its training began with transforms transforms 12 prob 0.5, not 0.2"),
+        ({"train#augmentation#1#prob": 0.2}, "its training began with transforms transforms 15 prob 0.5, not 0.2"),
         ({"foreground_margin": 2}, "its training began with foreground_margin 16, not 2"),
         ({"precision": "bf16"}, "its training began with precision 'auto', not 'bf16'"),
         ({"val_interval": 2}, "its training began with val_interval 1, not 2"),

@@ -131,9 +131,17 @@ def test_head_with_freesurfers_numbers_is_scored_where_it_is_labelled(brains, tm
         tmp_path, brains[0] | {"T1": shown}, ("s_space-x_T1w", "s_space-x_T2w", "s_space-x_desc-aseg_dseg"), 1, head
     )
     rows = list(score_real_scans(find_real_scans(str(tmp_path)), Perfect(label), 0))
+    assert [row["treatment"] for row in rows] == list(TREATMENTS)
+
+    class Refusing(Perfect):
+        def __call__(self, t1, t2):
+            if t1 is not None and (t1.get_fdata() > 0).all():
+                raise InputError("T1: no brain is found in it")
+            return super().__call__(t1, t2)
+
+    rows = list(score_real_scans(find_real_scans(str(tmp_path)), Refusing(label), 0))
     assert [row["treatment"] for row in rows] == [name for name in TREATMENTS if name != "whole"]
-    assert "s_space-x_T1w.nii.gz: T1 is above 0 everywhere" in caplog.text
-    assert "scored cut to the label only" in caplog.text
+    assert "s_space-x, whole: T1: no brain is found in it" in caplog.text
     save_scan(
         tmp_path,
         brains[0],
