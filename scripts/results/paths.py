@@ -13,8 +13,8 @@ def derivative_path(anat: str, subject: str, what: str, suffix: str) -> PurePath
     Args:
         anat: the folder of the scans within their dataset, as in `BidsSubject`.
         subject: the id.
-        what: 'label', 'probability-csf', '-gm', '-wm', 'brain-mask', 'T2-registered', 'T2-to-T1', or 'uncertainty',
-            for which BIDS has no name.
+        what: 'label', 'probability-csf', '-gm', '-wm', 'brain-mask', 'T2-registered', 'T2-to-T1'; or 'scored' and
+            'uncertainty', for which BIDS has no name.
         suffix: '.nii.gz', '.nii' or '.txt'; a '.png' goes to the folder `figures` beside `anat`.
     """
     if what.startswith("probability-"):
@@ -23,6 +23,7 @@ def derivative_path(anat: str, subject: str, what: str, suffix: str) -> PurePath
         space = "" if "_space-" in subject else "space-T1w_"
         ending = {
             "label": f"desc-{DESC}_dseg",
+            "scored": f"desc-{DESC}_scored",
             "uncertainty": f"desc-{DESC}_uncertainty",
             "brain-mask": "desc-brain_mask",
             "T2-registered": f"{space}desc-{DESC}_T2w",

@@ -317,6 +317,8 @@ def test_names_of_results():
     assert path("label", ".nii.gz") == f"{stem}_desc-skipdenseseg_dseg.nii.gz"
     assert path("probability-csf", ".nii") == f"{stem}_label-CSF_desc-skipdenseseg_probseg.nii"
     assert path("uncertainty", ".nii.gz") == f"{stem}_desc-skipdenseseg_uncertainty.nii.gz"
+    scored = "sub-1/ses-a/figures/sub-1_ses-a_run-1_desc-skipdenseseg_scored.png"
+    assert path("scored", ".png") == scored
     assert path("label", ".png") == "sub-1/ses-a/figures/sub-1_ses-a_run-1_desc-skipdenseseg_dseg.png"
 
 
