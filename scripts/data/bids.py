@@ -27,6 +27,7 @@ OWN_SPACES = (None, "orig", "T1w", "T2w")
 RIGID = "acpc"
 # the `desc` of label images that are taken for the truth, the preferred first; others come from tools, ours among them
 TRUE_LABELS = ("aseg", "manual", None)
+LONGEST_RUN = 9  # characters; shorter numbers of runs are padded to it, so that 10 comes after 2
 LARGEST_JSON = 10 * 2**20  # bytes; the file beside a scan has a few thousand
 
 
@@ -202,7 +203,7 @@ def _best_versions(scans: Collection[_Scan]) -> list[_Scan]:
 def _first_runs(scans: Collection[_Scan]) -> tuple[list[_Scan], dict[_Scan, list[_Scan]]]:
     """The first run of each scan, and by it the others, which differ from it in `run-` alone."""
     by_key: dict[tuple[tuple[str, str], ...], list[_Scan]] = {}
-    for scan in sorted(scans, key=lambda scan: int(scan.entities.get("run", 0))):
+    for scan in sorted(scans, key=lambda scan: (scan.entities.get("run", "").zfill(LONGEST_RUN), scan.name)):
         by_key.setdefault(tuple(pair for pair in scan.key if pair[0] != "run"), []).append(scan)
     return [first for first, *_ in by_key.values()], {first: others for first, *others in by_key.values()}
 

@@ -6,13 +6,11 @@ import numpy as np
 import SimpleITK as sitk
 
 from scripts.files import whole_files
+from scripts.preparation.registration import TO_LPS
 from scripts.results.label_images import write_label, write_map
 from scripts.results.paths import result_path
 from scripts.results.sidecars import write_sidecar
 from scripts.results.writers import BackgroundWriter
-
-# world axes of ITK run to the left, back and top
-TO_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 class PreparedSaver(BackgroundWriter):

@@ -11,12 +11,11 @@ from scipy.ndimage import binary_closing, binary_fill_holes
 from scipy.spatial.transform import Rotation
 
 from scripts.data.structures import OUTER_LABELS, STRUCTURES, TISSUE_OF
+from scripts.preparation.brain import VOXEL
 from scripts.synthesis.fields import blurred, smooth_field, with_thick_slices
 from scripts.synthesis.label_maps import label_map_name
 from scripts.synthesis.structures import read_head
 
-# mm of a voxel of an image
-VOXEL = 2.0
 # mm of a voxel of a label map, by which an adult's head is multiplied to that of a newborn up to two years
 HEAD_SCALE = (0.55, 1.0)
 # voxels of the gaps in a brain that are closed in its mask

@@ -388,5 +388,7 @@ def test_runs_apart_and_averaged(tmp_path):
     assert runs == [[f"sub-1_run-{run}_T{n}w.nii.gz" for run in (2, 10)] for n in (1, 2)]
     assert [len(paths) for paths in averaged["sub-2_acq-a_run-1"]["runs"]] == [1, 0]
     assert "runs" not in averaged["sub-3"]
+    touch(tmp_path / "odd", *pair("sub-1_run-a"), *pair("sub-1_run-02"))
+    assert list(names(SubjectFolder(str(tmp_path / "odd"), runs="average").subjects)) == ["sub-1_run-02"]
     with pytest.raises(InputError, match=r"^--runs all: must be one of apart, average$"):
         SubjectFolder(str(tmp_path), runs="all")
