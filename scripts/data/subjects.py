@@ -20,16 +20,16 @@ from monai.utils import ensure_tuple
 from typing_extensions import NotRequired
 
 from scripts.data import bids
-from scripts.data.volumes import CONTRASTS
+from scripts.data.volumes import CONTRASTS, halves
 from scripts.errors import InputError, require_path
 from scripts.files import is_hidden
 
 logger = logging.getLogger(__name__)
 
-FILE_NAME = re.compile(r"(?is)subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.(hdr|img|nii|nii\.gz)")
+FILE_NAME = re.compile(r"(?is)subject-(?P<subject>.+)-(?P<kind>t1|t2|label)\.((hdr|img|nii)(\.gz)?|mgh|mgz)")
 HDF5_NAME = re.compile(r"(?s)train_iseg_nocut_(?P<subject>.+)\.h5")
 EXPECTED_NAMES = (
-    "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .hdr/.img, .nii or .nii.gz, "
+    "subject-<id>-T1, subject-<id>-T2 and subject-<id>-label, ending in .nii, .nii.gz, .hdr/.img or .mgz, "
     f"or train_iseg_nocut_<id>.h5, or BIDS: {bids.EXPECTED_NAMES}"
 )
 # words in folder names that state the kind of files in them; MONAI Label has labels/final
@@ -43,7 +43,7 @@ NEAR_MISS = re.compile(
 )
 # masks, probability maps and transformations, which lie beside scans in many datasets
 OTHER_IMAGES = re.compile(r"(?i)mask|pve|prob|(?<![a-z])to(?![a-z])")
-READ_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img")
+READ_SUFFIXES = (".nii", ".nii.gz", ".hdr", ".img", ".hdr.gz", ".img.gz", ".mgh", ".mgz")
 
 
 # what a DICOM file has at this byte
@@ -87,19 +87,14 @@ def _volume_file(path: Path) -> Path:
         raise InputError(f"{str(path)!r}: its name has a line break or another unprintable character; rename it")
     if not path.is_file():
         raise InputError(f"{path}: isn't a file, but a folder, a broken link or the like; put the image itself there")
-    header, image = (_with_suffix_like(path, suffix) for suffix in (".hdr", ".img"))
-    if path.suffix.lower() not in (".hdr", ".img"):
+    if (pair := halves(path)) is None:
         return path
+    header, image = pair
     if not header.exists():
         raise InputError(f"{path}: its header {header.name} is missing; copy both files of the pair")
     if not image.exists():
         raise InputError(f"{path}: its image {image.name} is missing; copy both files of the pair")
     return header
-
-
-def _with_suffix_like(path: Path, suffix: str) -> Path:
-    """`path` with another suffix, in capitals if the present one is."""
-    return path.with_suffix(suffix.upper() if path.suffix.isupper() else suffix)
 
 
 def _named_files(
@@ -169,7 +164,7 @@ def _near_misses(others: Iterable[Path], found: Mapping[str, Collection[str]]) -
             continue
         kind = name["kind"].upper() if name["kind"].lower() in ("t1", "t2") else "label"
         subject = re.sub(r"(?i)^(subject|sub)[-_ ]", "", name["before"]).strip("-_. ") or "<id>"
-        if kind.upper() in found.get(subject, ()) or (path.suffix == ".img" and path.with_suffix(".hdr").exists()):
+        if kind.upper() in found.get(subject, ()) or ((pair := halves(path)) and path == pair[1] and pair[0].exists()):
             continue
         read = name["suffix"].lower() in READ_SUFFIXES
         suffix = name["suffix"] if read else ".nii.gz"

@@ -1,4 +1,4 @@
-"""Analyze and NIfTI volumes: read whole, and refused if they can't be a brain scan."""
+"""Analyze, NIfTI and FreeSurfer's volumes: read whole, and refused if they can't be a brain scan."""
 
 import itertools
 import logging
@@ -21,11 +21,18 @@ LONGEST_SIDE = 512  # mm; voxels in HDF5, whose voxels have 1 mm
 VOXEL_SIZES = (0.1, 10)  # mm
 MOST_VALUES = 2**28  # of all volumes in a file; 1 GB as float32
 MOST_AFTER_VALUES = 2**24  # bytes
-LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".gz": 1032}  # bytes read per byte of the file
+LARGEST_EXPANSION = {".nii": 1, ".img": 1, ".mgh": 1, ".gz": 1032, ".mgz": 1032}  # bytes read per byte of the file
 # volume of a voxel as a share of the cuboid with its sides; resampling undoes a moderate shear
 SMALLEST_SHARE_OF_CUBOID = 0.8
-# mm between corners of grids that differ only by rounding
-LARGEST_OFFSET = 0.1
+# voxels between corners of grids that differ only by rounding: in float32, sform and qform of a grid do by up to 0.4
+LARGEST_OFFSET = 0.5
+# mm in a unit of length of a NIfTI header, which nibabel leaves unheeded
+MM_IN_UNIT = {"meter": 1000.0, "micron": 0.001}
+# what Analyze's byte of orientation says of the slices, if they aren't transverse
+SLICES = {1: "coronal", 2: "sagittal", 3: "transverse and flipped", 4: "coronal and flipped", 5: "sagittal and flipped"}
+# by how much the square of a quaternion's length may exceed 1; nibabel's own limit refuses those of some tools
+for header in (nib.Nifti1Header, nib.Nifti2Header):
+    header.quaternion_threshold = 1e-4
 # degrees between the axes of two descriptions of one grid that differ only by rounding
 LARGEST_ANGLE = 2
 
@@ -54,12 +61,49 @@ def name_of(source: str | SpatialImage, kind: str = "image") -> str:
     return source if isinstance(source, str) else source.get_filename() or kind
 
 
+def halves(path: Path) -> tuple[Path, Path] | None:
+    """Return header and image of an Analyze pair, of which `path` is one; None if it isn't of a pair.
+
+    The endings may differ in case. A half that doesn't exist is returned as one would expect it.
+    """
+    if not (name := re.fullmatch(r"(?is)(?P<stem>.+\.)(?P<half>hdr|img)(?P<packed>\.gz)?", path.name)):
+        return None
+    packed = name["packed"] or ""
+
+    def half(ending: str) -> Path:
+        alike = (str.upper, str.lower) if name["half"].isupper() else (str.lower, str.upper)
+        names = [path.with_name(name["stem"] + of_case(ending) + packed) for of_case in alike]
+        return next((each for each in names if each.exists()), names[0])
+
+    return half("hdr"), half("img")
+
+
+def open_image(path: str) -> SpatialImage:
+    """Return a nibabel image, with its header read and its values not."""
+    image = nib.load(path, mmap=False)
+    if pair := halves(Path(path)):
+        image.file_map["image"].filename = str(pair[1])
+        image = type(image).from_file_map(image.file_map, mmap=False)
+    return image
+
+
+def affine_of(image: SpatialImage) -> np.ndarray:
+    """Return the 4 x 4 affine of an image from voxels to RAS mm.
+
+    A unit in the header counts if it makes the voxels those of a brain scan; many headers state a wrong one.
+    """
+    unit = image.header.get_xyzt_units()[0] if isinstance(image, nib.Nifti1Pair) else None
+    scaled = np.diag([*[MM_IN_UNIT.get(unit, 1.0)] * 3, 1.0]) @ image.affine
+    sizes = nib.affines.voxel_sizes(scaled)
+    return scaled if VOXEL_SIZES[0] <= sizes.min() and sizes.max() <= VOXEL_SIZES[1] else image.affine
+
+
 def read_volumes(source: str | SpatialImage, kind: str = "image") -> tuple[np.ndarray, np.ndarray]:
-    """Read the volumes of one Analyze or NIfTI image.
+    """Read the volumes of one Analyze, NIfTI or FreeSurfer image.
 
     Args:
-        source: path of a `.hdr`, `.nii` or `.nii.gz`, or a nibabel image in memory. Several volumes are along the axes
-            after the third.
+        source: path of a `.hdr`, `.nii` or `.mgz`, or of a `.hdr.gz` or `.nii.gz`, or a nibabel image in memory.
+            Several volumes are along the axes after the third.
         kind: name for messages of an image without a path.
 
     Returns:
@@ -75,26 +119,25 @@ def read_volumes(source: str | SpatialImage, kind: str = "image") -> tuple[np.nd
         raise InputError(f"{path}: has NaN or infinite values; replace them, outside the brain by 0")
     # a view, since values on disk are in Fortran's order
     volumes = values.reshape(*values.shape[:3], -1, order="F")
-    return np.moveaxis(volumes, -1, 0), image.affine
+    return np.moveaxis(volumes, -1, 0), affine_of(image)
 
 
 def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialImage, np.ndarray]:
     """The image, once its header has passed `require_brain_scan`, and its values as float32."""
-    image = nib.load(source, mmap=False) if isinstance(source, str) else source
+    image = open_image(source) if isinstance(source, str) else source
     require_brain_scan(path, image)
     if not isinstance(source, str):
         return image, image.get_fdata(dtype=np.float32, caching="unchanged")
     _require_room(image)
     if isinstance(image, nib.Nifti1Image) and image.dataobj.offset < image.header.sizeof_hdr:
         raise InputError(f"{path}: its values begin inside its header (vox_offset); convert it again")
-    with ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
-        stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
-        if not stored_sizes.all():  # nibabel would assume 1 mm
-            raise InputError(f"{path}: {_voxels(stored_sizes)} can't be; correct its header or convert it again")
-        if not path.lower().endswith(".gz"):
-            return image, image.get_fdata(dtype=np.float32, caching="unchanged")
-        image = type(image).from_file_map({"image": FileHolder(path, file)}, mmap=False)
-        values = image.get_fdata(dtype=np.float32, caching="unchanged")
+    _require_voxel_sizes(path, image)
+    data_path = image.file_map["image"].filename
+    if not data_path.lower().endswith((".gz", ".mgz")):
+        return image, image.get_fdata(dtype=np.float32, caching="unchanged")
+    with ImageOpener(data_path) as file:
+        files = image.file_map | {"image": FileHolder(data_path, file)}
+        values = type(image).from_file_map(files, mmap=False).get_fdata(dtype=np.float32, caching="unchanged")
         after = 0
         while read := file.read(2**20):  # the checksum is verified at the end of the file
             after += len(read)
@@ -103,10 +146,22 @@ def _image_and_values(source: str | SpatialImage, path: str) -> tuple[SpatialIma
     return image, values
 
 
+def _require_voxel_sizes(path: str, image: SpatialImage) -> None:
+    """Raise InputError if the affine of an image rests on voxel sizes of 0, for which nibabel assumes 1 mm."""
+    if not isinstance(image, nib.AnalyzeImage) or (isinstance(image, nib.Nifti1Pair) and image.header["sform_code"]):
+        return
+    with ImageOpener(image.file_map.get("header", image.file_map["image"]).filename) as file:
+        stored_sizes = type(image.header).from_fileobj(file, check=False)["pixdim"][1:4]
+    if not stored_sizes.all():
+        raise InputError(f"{path}: {_voxels(stored_sizes)} can't be; correct its header or convert it again")
+
+
 def doubt_of_orientation(image: SpatialImage) -> str | None:
-    """Return a warning if a NIfTI image doesn't say how it lies in the scanner, or says it in two ways that differ."""
+    """Return a warning if an image doesn't say how it lies in the scanner, or says it in two ways that differ."""
     if not isinstance(image, nib.Nifti1Pair):
-        return None
+        stored = image.header["orient"].item() if isinstance(image, nib.AnalyzeImage) else b""
+        slices = SLICES.get(int.from_bytes(stored[:1]))
+        return slices and f"its header calls its slices {slices}, which few tools heed; here they are transverse"
     s_code, q_code = (int(image.header[name]) for name in ("sform_code", "qform_code"))
     if not s_code and not q_code:
         axes = "".join(nib.aff2axcodes(image.affine))
@@ -148,11 +203,12 @@ def require_brain_scan(path: str, image: SpatialImage) -> None:
         raise InputError(f"{path}: shape {image.shape} isn't a 3-D volume; give one volume per file")
     if image.get_data_dtype().kind not in "biuf":
         raise InputError(f"{path}: has colours or complex numbers; give the scan, with one number per voxel")
-    axes = image.affine[:3, :3]
-    sizes = np.linalg.norm(axes, axis=0)
-    if not np.isfinite(image.affine).all():
+    affine = affine_of(image)
+    axes = affine[:3, :3]
+    sizes = nib.affines.voxel_sizes(affine)
+    if not np.isfinite(affine).all():
         raise InputError(f"{path}: its affine has NaN or infinite values; correct its header or convert it again")
-    if not np.array_equal(image.affine[3], [0, 0, 0, 1]):
+    if not np.array_equal(affine[3], [0, 0, 0, 1]):
         raise InputError(f"{path}: the last row of its affine isn't 0 0 0 1; correct its .mat file or convert it again")
     if sizes.min() < VOXEL_SIZES[0] or sizes.max() > VOXEL_SIZES[1]:
         raise InputError(f"{path}: {_voxels(sizes)} isn't that of a brain scan; correct its header or convert it again")
@@ -201,7 +257,7 @@ def on_same_grid(values: np.ndarray, affine: np.ndarray, t1: np.ndarray, t1_affi
         return False
     corners = list(itertools.product(*((0, side - 1) for side in t1.shape)))
     offsets = nib.affines.apply_affine(affine, corners) - nib.affines.apply_affine(t1_affine, corners)
-    return bool(np.linalg.norm(offsets, axis=1).max() <= LARGEST_OFFSET)
+    return bool(np.linalg.norm(offsets, axis=1).max() <= LARGEST_OFFSET * nib.affines.voxel_sizes(t1_affine).min())
 
 
 def t2_beside(t1_path: str) -> str:
@@ -254,7 +310,7 @@ def read_scans(image: str | Sequence[str | SpatialImage | None]) -> list[Scan]:
     sources = {name: source for name, source in zip(CONTRASTS, image, strict=True) if source is not None}
     scans = [_read_scan(source, name) for name, source in sources.items()]
     first = next(iter(sources.values()))
-    if doubt := doubt_of_orientation(nib.load(first) if isinstance(first, str) else first):
+    if doubt := doubt_of_orientation(open_image(first) if isinstance(first, str) else first):
         logger.warning("%s: %s", scans[0].path, doubt)
     return scans
 

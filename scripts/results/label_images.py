@@ -5,8 +5,10 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.spatialimages import SpatialImage
 
+from scripts.data.volumes import MM_IN_UNIT, open_image
 from scripts.errors import InputError
 from scripts.files import whole_files
 from scripts.results.paths import result_path
@@ -43,7 +45,12 @@ def _nifti_beside(values: np.ndarray, t1: SpatialImage) -> nib.Nifti1Image:
     if isinstance(t1, nib.Nifti1Pair):
         for field in AFFINE_FIELDS:
             image.header[field] = t1.header[field]
-        image.header["pixdim"][:4] = t1.header["pixdim"][:4]
+        image.header["pixdim"][0] = t1.header["pixdim"][0]
+        image.header["pixdim"][1:4] = np.where(
+            t1.header["pixdim"][1:4], t1.header["pixdim"][1:4], voxel_sizes(t1.affine)
+        )
+        if (unit := t1.header.get_xyzt_units()[0]) in MM_IN_UNIT:
+            image.header.set_xyzt_units(unit)
     return image
 
 
@@ -74,7 +81,7 @@ def write_label(path: str | Path, label: np.ndarray, t1_path: str, description: 
         description: for the header's `descrip`, at most 79 characters.
     """
     path = Path(path)
-    t1 = nib.load(t1_path)
+    t1 = open_image(t1_path)
     label = label.reshape(label.shape + (1,) * (len(t1.shape) - 3))  # of length 1 even if the file also holds T2
     image = _analyze_beside(label, t1) if path.suffix == ".hdr" else _nifti_beside(label, t1)
     image.header["descrip"] = description.encode()

@@ -223,7 +223,9 @@ def test_dicom_files_are_named_with_the_way_to_convert_them(tmp_path, name):
 
 
 def test_nothing_to_work_on(tmp_path):
-    with pytest.raises(InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.hdr/\.img, \.nii"):
+    with pytest.raises(
+        InputError, match=r"no subjects found; looked for subject-<id>-T1.*\.nii\.gz, \.hdr/\.img or \.mgz"
+    ):
         SubjectFolder(str(tmp_path)).require([], "train")
     touch(tmp_path, "subject-1-T1.nii", "subject-1-T2.nii")
     with pytest.raises(InputError, match="no subject left to train among 1, 0 of them labelled"):
@@ -241,9 +243,10 @@ def test_nothing_to_work_on(tmp_path):
         ("sub-5-t2.nii.gz", "rename it to subject-5-T2.nii.gz to use it"),
         ("baby 07 seg.nii.gz", "rename it to subject-baby 07-label.nii.gz to use it"),
         ("T1.nii.gz", "rename it to subject-<id>-T1.nii.gz to use it"),
-        ("subject-6-T1.mgz", "convert it to subject-6-T1.nii.gz to use it"),
+        ("subject_6_T1.mgz", "rename it to subject-6-T1.mgz to use it"),
         ("deep/er/subject-6-label.nrrd", "convert it to subject-6-label.nii.gz to use it"),
-        ("subject-6-T2.img.gz", "convert it to subject-6-T2.nii.gz to use it"),
+        ("subject-6-T2.nii.bz2", "convert it to subject-6-T2.nii.gz to use it"),
+        ("subject_6_T2.img.gz", "rename it to subject-6-T2.img.gz to use it"),
         ("mask.nii.gz", None),
         ("subject-1-T1-raw.nii.gz", None),
         ("subject-9-T1_brain_mask.nii.gz", None),
