@@ -123,6 +123,28 @@ def refuse_rewritten_values(arguments: Sequence[str]) -> None:
             raise InputError(f"--{name} {text}: ~ isn't your home folder here; write the path in full")
 
 
+def refuse_stray_values(arguments: Sequence[str]) -> None:
+    """Refuse a value on the command line that follows another value, which MONAI would take for an id to run.
+
+    Args:
+        arguments: of `monai.bundle run`.
+
+    Raises:
+        InputError: there is one, after the first option.
+    """
+    option = ""
+    values: list[str] = []
+    for argument in arguments:
+        if re.match(r"--?[a-zA-Z]", argument):
+            option, _, value = argument.partition("=")
+            values = [value] if value else []
+        elif option:
+            values.append(argument)
+        if len(values) > 1:
+            several = ",".join(f"'{value}'" for value in values)
+            raise InputError(f'{option} {" ".join(values)}: has more than one value; write several as "[{several}]"')
+
+
 def require_tracking_package(arguments: Sequence[str]) -> None:
     """Raise InputError if `monai.bundle run` has `--tracking mlflow` among its arguments and MLflow isn't installed."""
     if _run_options(arguments).get("tracking") == "mlflow" and find_spec("mlflow") is None:

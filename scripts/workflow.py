@@ -32,7 +32,12 @@ from scripts.errors import (
 from scripts.files import UNFINISHED, unfinished_named, whole_files
 from scripts.inference.exported import is_exported
 from scripts.machine import keep_freed_memory, require_device
-from scripts.settings import refuse_rewritten_values, refuse_unknown_overrides, require_tracking_package
+from scripts.settings import (
+    refuse_rewritten_values,
+    refuse_stray_values,
+    refuse_unknown_overrides,
+    require_tracking_package,
+)
 
 # settings that must be whole numbers, by their smallest value
 LEAST = {
@@ -55,7 +60,7 @@ def start(seed: int, device: torch.device | str) -> None:
 
     Raises:
         InputError: as `refuse_unknown_overrides`, `refuse_rewritten_values`, `require_tracking_package` and
-            `require_device`.
+            `require_device`; or as `refuse_stray_values`.
     """
     # MONAI's surface distances warn about an argument that MONAI itself passes
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
@@ -65,6 +70,7 @@ def start(seed: int, device: torch.device | str) -> None:
     if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
         show_input_errors_in_one_line()
         refuse_unknown_overrides(sys.argv[1:])
+        refuse_stray_values(sys.argv[1:])
         refuse_rewritten_values(sys.argv[1:])
         require_tracking_package(sys.argv[1:])
         # tqdm uses the wall clock, which may be set back; its monitor thread would compare it with the new one
@@ -133,7 +139,7 @@ def check(
     require_settings(purpose, settings)
     if purpose == "segment":
         require_apart(settings["dataset_dir"], settings["output_dir"])
-        require_apart(folders.dataset, folders.output)
+    require_apart(folders.dataset, folders.output)
     for path, remedy in list(dataset.unused.items())[:MOST_UNUSED]:
         logger.warning("%s: isn't used, since its name isn't that of a subject's file; %s", path, remedy)
     if len(dataset.unused) > MOST_UNUSED:

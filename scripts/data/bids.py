@@ -22,7 +22,7 @@ FILE_NAME = re.compile(
 EXPECTED_NAMES = "sub-<label>/[ses-<label>/]anat/*_T1w.nii.gz with *_T2w.nii.gz"
 # the `desc` of versions of a scan, the preferred first; any other `desc` comes last
 VERSIONS = ("brain", "preproc", None)
-# spaces of the subject itself; scans warped to a template are skipped, those turned and moved to its axes aren't
+# spaces of the subject itself; scans warped to a template come last, those turned and moved to its axes don't
 OWN_SPACES = (None, "orig", "T1w", "T2w")
 RIGID = "acpc"
 # the `desc` of label images that are taken for the truth, the preferred first; others come from tools, ours among them
@@ -59,21 +59,33 @@ class _Scan:
         return dict(part.split("-", 1) for part in self.name.split("_"))
 
     @property
-    def is_usable(self) -> bool:
-        entities = self.entities
-        space = entities.get("space")
-        own = space in OWN_SPACES or space.lower().endswith(RIGID)
-        return own and entities.get("part", "mag") == "mag"
+    def is_in_own_space(self) -> bool:
+        space = self.entities.get("space")
+        return space in OWN_SPACES or space.lower().endswith(RIGID)
+
+    @property
+    def space(self) -> str:
+        """What `space-` says; without it, the scan's own."""
+        return self.entities.get("space", self.suffix)
 
     @property
     def key(self) -> tuple[tuple[str, str], ...]:
-        """The entities in which a T1w, its T2w and its mask agree."""
-        return tuple(sorted(pair for pair in self.entities.items() if pair[0] not in ("desc", "space", "part")))
+        """The entities in which a T1w, its T2w and its mask agree; run-01 is run-1."""
+        entities = {name: value for name, value in self.entities.items() if name not in ("desc", "space", "part")}
+        if "run" in entities:
+            entities["run"] = self.run
+        return tuple(sorted(entities.items()))
 
     @property
-    def version(self) -> int:
+    def run(self) -> str | None:
+        run = self.entities.get("run")
+        return run.lstrip("0") if run and run.isdecimal() else run
+
+    @property
+    def rank(self) -> tuple[int, bool]:
+        """Smaller for the preferred version."""
         desc = self.entities.get("desc")
-        return VERSIONS.index(desc) if desc in VERSIONS else len(VERSIONS)
+        return VERSIONS.index(desc) if desc in VERSIONS else len(VERSIONS), self.space != self.suffix
 
     @property
     def subject(self) -> str:
@@ -109,7 +121,7 @@ def find_bids_subjects(
         if session in left_out:
             continue
         try:
-            scans = [scan for scan in _scans(anat, session) if scan.is_usable]
+            scans = _in_one_space([scan for scan in _scans(anat, session) if scan.entities.get("part", "mag") == "mag"])
         except InputError as error:
             left_out[session] = error
             continue
@@ -119,7 +131,8 @@ def find_bids_subjects(
                 left_out[session] = f"has no {contrasts}w"
             scans = wanted
         masks = [scan for scan in scans if scan.suffix == "mask" and scan.entities.get("desc") == "brain"]
-        t1s, t2s = (_best_versions([scan for scan in scans if scan.suffix == suffix]) for suffix in ("T1w", "T2w"))
+        t1s, t2s = ([scan for scan in scans if scan.suffix == suffix] for suffix in ("T1w", "T2w"))
+        t1s, t2s = _best_versions(t1s), _best_versions(t2s, spaces_apart=bool(t1s) and runs == "apart")
         further: dict[_Scan, list[_Scan]] = {}
         if runs == "average":
             (t1s, more_t1s), (t2s, more_t2s) = map(_first_runs, (t1s, t2s))
@@ -170,6 +183,20 @@ def _reason_to_leave_out(
     return None
 
 
+def _in_one_space(scans: Collection[_Scan]) -> list[_Scan]:
+    """The scans in the subject's own space; without any, those in the only space in which there are most kinds."""
+    own = [scan for scan in scans if scan.is_in_own_space]
+    if any(scan.suffix in ("T1w", "T2w") for scan in own):
+        return own
+    kinds: dict[str, set[str]] = {}
+    for scan in scans:
+        if scan.suffix in ("T1w", "T2w"):
+            kinds.setdefault(scan.space, set()).add(scan.suffix)
+    most = max(map(len, kinds.values()), default=0)
+    spaces = [space for space, there in kinds.items() if len(there) == most]
+    return [scan for scan in scans if [scan.space] == spaces]
+
+
 def _can_be_read(folder: Path) -> bool:
     try:
         for path in folder.iterdir():
@@ -195,15 +222,33 @@ def _scans(anat: Path, session: str) -> Iterator[_Scan]:
         yield _Scan(path, name["entities"], name["suffix"])
 
 
-def _best_versions(scans: Collection[_Scan]) -> list[_Scan]:
-    """Of scans that differ only in `desc`, the preferred version; several if they are equally good."""
-    return [scan for scan in scans if scan.version == min(other.version for other in scans if other.key == scan.key)]
+def _best_versions(scans: Collection[_Scan], spaces_apart: bool = False) -> list[_Scan]:
+    """Of scans that differ only in `desc` and `space`, the preferred version; several if they are equally good.
+
+    With `spaces_apart`, one in each space.
+    """
+
+    def rivals(scan: _Scan) -> Iterator[_Scan]:
+        return (each for each in scans if each.key == scan.key and (not spaces_apart or each.space == scan.space))
+
+    return [scan for scan in scans if scan.rank == min(other.rank for other in rivals(scan))]
+
+
+def unused_images(dataset_dir: str) -> list[Path]:
+    """Return files in the `anat` folders of a dataset whose names aren't those of BIDS, where no scan has that name."""
+    root = Path(dataset_dir)
+    return [
+        path
+        for pattern in ("sub-*/anat/*", "sub-*/ses-*/anat/*")
+        for path in sorted(root.glob(pattern))
+        if not FILE_NAME.fullmatch(path.name)
+    ]
 
 
 def _first_runs(scans: Collection[_Scan]) -> tuple[list[_Scan], dict[_Scan, list[_Scan]]]:
     """The first run of each scan, and by it the others, which differ from it in `run-` alone."""
     by_key: dict[tuple[tuple[str, str], ...], list[_Scan]] = {}
-    for scan in sorted(scans, key=lambda scan: (scan.entities.get("run", "").zfill(LONGEST_RUN), scan.name)):
+    for scan in sorted(scans, key=lambda scan: ((scan.run or "").zfill(LONGEST_RUN), scan.name)):
         by_key.setdefault(tuple(pair for pair in scan.key if pair[0] != "run"), []).append(scan)
     return [first for first, *_ in by_key.values()], {first: others for first, *others in by_key.values()}
 
@@ -232,13 +277,11 @@ def _label_of(t1: _Scan, scans: Collection[_Scan]) -> _Scan | None:
 
 def _partner(t1: _Scan, t1s: Collection[_Scan], t2s: Collection[_Scan]) -> _Scan | None:
     """The T2w of a T1w: with equal entities, else the only pair of this run, else the only pair of the session."""
-    criteria: tuple[Callable[[_Scan], Any], ...] = (
-        lambda scan: scan.key,
-        lambda scan: scan.entities.get("run"),
-        lambda scan: None,
-    )
+    criteria: tuple[Callable[[_Scan], Any], ...] = (lambda scan: scan.key, lambda scan: scan.run, lambda scan: None)
     for criterion in criteria:
         rivals, partners = ([scan for scan in scans if criterion(scan) == criterion(t1)] for scans in (t1s, t2s))
+        if len({scan.key for scan in partners}) == 1:  # one scan, in several spaces
+            partners = [scan for scan in partners if scan.space == t1.space] or _best_versions(partners)
         if len(rivals) == len(partners) == 1:
             return partners[0]
     return None

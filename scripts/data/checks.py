@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import numpy as np
 from scipy.ndimage import binary_erosion, find_objects
+from scipy.ndimage import label as connected
 from scipy.stats import skew
 
 from scripts.data.alignment import FEWEST_VOXELS, LARGEST_NEGATIVE_SHARE, SAME, has_values
@@ -92,6 +93,26 @@ def require_brain_only(scan: np.ndarray, affine: np.ndarray, path: str, name: st
             f"{path}: {name} is below 0 in {below:,} voxels and above it in {brain:,}, so it doesn't show the brain; "
             f"give a skull-stripped {name}, which is above 0 in the brain and 0 outside"
         )
+
+
+def fill_holes(scan: np.ndarray, where: np.ndarray, path: str, name: str) -> None:
+    """Give voxels of the brain that are 0 the lowest intensity of the brain, in place, and log how many there are.
+
+    Such holes are CSF, if a scan was scaled or clipped so that its darkest tissue became 0.
+
+    Args:
+        scan: (X, Y, Z), 0 outside the brain.
+        where: bool (X, Y, Z), what may be filled: where the other contrast shows something, and a mask has no gap.
+        path, name: of the scan, for the message; the name is T1 or T2.
+    """
+    brain = scan > 0
+    box = find_objects(brain.view(np.uint8))[0]
+    regions, _ = connected(np.pad(~brain[box], 1, constant_values=True))
+    holes = (regions > 0) & (regions != regions[0, 0, 0])
+    holes = holes[1:-1, 1:-1, 1:-1] & where[box]
+    if holes.any():
+        scan[box][holes] = scan[brain].min()
+        logger.warning("%s: %d voxels inside the brain are 0 in %s; they count as brain", path, holes.sum(), name)
 
 
 def require_t2_of_brain(t1: np.ndarray, t2: np.ndarray, path: str) -> None:

@@ -172,6 +172,26 @@ def _near_misses(others: Iterable[Path], found: Mapping[str, Collection[str]]) -
     return result
 
 
+def _names_not_of_bids(paths: Iterable[Path]) -> dict[str, str]:
+    """Of images in a BIDS dataset without a BIDS name, what to do with those of a scan that isn't there otherwise."""
+    result = {}
+    for path in paths:
+        name = NEAR_MISS.fullmatch(path.name)
+        if not name or name["kind"].lower() not in ("t1", "t2") or OTHER_IMAGES.search(path.name) or path.is_dir():
+            continue
+        kind = f"{name['kind'].upper()}w"
+        if (
+            is_hidden(path.name)
+            or not path.name.isprintable()
+            or any(bids.FILE_NAME.fullmatch(other.name) for other in path.parent.glob(f"*_{kind}.nii*"))
+        ):
+            continue
+        result[str(path)] = (
+            f"give it a BIDS name, such as sub-01_{kind}.nii.gz in sub-01/anat; labels have only letters and digits"
+        )
+    return result
+
+
 def _find_volumes(directory: str) -> tuple[dict[str, dict[str, Path]], dict[str, InputError], list[Path]]:
     """Files by subject and kind (T1, T2, LABEL, HDF5), errors by subject or folder, and other files."""
     found: dict[str, dict[str, Path]] = {}
@@ -284,8 +304,7 @@ class SubjectFolder:
             half of an Analyze pair is missing, a name isn't a file, a volume has two files, images are beside an HDF5
             file, or a folder can't be read.
         left_out: why scans of a BIDS dataset aren't subjects, by id; these aren't errors.
-        unused: in other folders, images that look like a subject's by their name but aren't used, with the name that
-            they should have.
+        unused: images that look like a subject's by their name but aren't used, with the name that they should have.
         in_bids: whether the folder is a BIDS dataset.
 
     Raises:
@@ -307,6 +326,7 @@ class SubjectFolder:
         if self.in_bids:
             for _, path in _named_files(folder, {}, excluded=("derivatives", "sourcedata", "code")):
                 raise InputError(f"{path}: has no BIDS name, but lies in a BIDS dataset; keep one layout per folder")
+            self.unused = _names_not_of_bids(bids.unused_images(folder))
             for subject, reason in reasons.items():
                 if isinstance(reason, InputError):
                     self.bad[subject] = reason
@@ -493,6 +513,6 @@ def require_apart(dataset_dir: str, output_dir: str) -> None:
     inside = output.relative_to(dataset).parts
     if inside[:1] != ("derivatives",) or len(inside) < 2:
         raise InputError(
-            f"{output_dir}: lies in the dataset, where segmentations would be taken for true labels; "
+            f"{output_dir}: lies in the dataset, where results would be taken for scans or true labels; "
             f"choose an --output_dir outside {dataset_dir}, or {str(dataset_dir).rstrip('/')}/derivatives/<name>"
         )

@@ -13,6 +13,7 @@ from monai.utils import MetaKeys, SpaceKeys, convert_to_dst_type
 from scripts.data.checks import (
     exchanged,
     extreme_voxels,
+    fill_holes,
     require_brain_only,
     require_contrast,
     require_label_of_brain,
@@ -116,8 +117,8 @@ class CheckSubjectd(Transform):
     """Check that the scans and the label of a subject belong together, and make the network's image of them.
 
     The input is that of `LoadSubjectd`, which the transforms of `scripts.preparation` may have changed. T1 and T2 are
-    set to 0 outside `brain`, if it is known; otherwise T2 is set to 0 where T1 is 0, if it isn't skull-stripped. The
-    result is on the grid of the T1 file and with its affine, with:
+    set to 0 outside `brain`, if it is known; otherwise T2 is set to 0 where T1 is 0, if it isn't skull-stripped. Holes
+    in the first are filled, see `fill_holes`. The result is on the grid of the T1 file and with its affine, with:
 
     - `image`: float32 (2, X, Y, Z), T1 and T2
     - `t1`, `t2`: float32 (1, X, Y, Z), copies of the channels, to stay on this grid. Of a subject with one contrast,
@@ -148,6 +149,10 @@ class CheckSubjectd(Transform):
         if second is not first:
             require_same_grid(second.path, second.values, second.affine, first.path, first.values, first.affine)
         image[1] = second.values
+        can_be_brain = np.ones_like(image[0], bool) if second is first else image[1] > 0
+        if inside is not None:
+            can_be_brain &= inside
+        fill_holes(image[0], can_be_brain, first.path, contrasts[0])
         # an HDF5 file has no mask of its own
         if inside is not None and not first.path.endswith(".h5"):
             image[1] *= inside

@@ -5,7 +5,12 @@ import pytest
 from helpers import ROOT
 
 from scripts.errors import InputError
-from scripts.settings import refuse_rewritten_values, refuse_unknown_overrides, require_tracking_package
+from scripts.settings import (
+    refuse_rewritten_values,
+    refuse_stray_values,
+    refuse_unknown_overrides,
+    require_tracking_package,
+)
 
 TRAIN = str(ROOT / "configs" / "train.json")
 EVALUATE = str(ROOT / "configs" / "evaluate.json")
@@ -123,6 +128,20 @@ def test_missing_package_is_named_with_its_version(monkeypatch):
 def test_id_or_path_that_would_arrive_as_another(arguments, message):
     with pytest.raises(InputError, match=message):
         refuse_rewritten_values(["run", "--config_file", TRAIN, *arguments])
+
+
+@pytest.mark.parametrize(
+    ("given", "remedy"),
+    [
+        ("--subjects 01 02", "--subjects 01 02: has more than one value; write several as \"['01','02']\""),
+        ("--epochs=3 4", r"--epochs 3 4: has more than one value"),
+        ("--output_dir my results --flips True", r"--output_dir my results: has more than one value"),
+    ],
+)
+def test_values_without_a_name(given, remedy):
+    with pytest.raises(InputError, match=re.escape(remedy)):
+        refuse_stray_values(["run", "training", "--config_file", TRAIN, *given.split()])
+    refuse_stray_values(["run", "training", "--config_file", TRAIN, "--learning_rate", "-1", "--flips", "--seed=3"])
 
 
 @pytest.mark.parametrize(

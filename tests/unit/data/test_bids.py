@@ -87,6 +87,38 @@ def test_t1w_and_t2w_that_belong_together(tmp_path, t1s, t2s, partners):
     assert all("name the two alike" in reason for reason in left_out.values())
 
 
+@pytest.mark.parametrize(
+    ("t1s", "t2s", "taken"),
+    [
+        (["run-01"], ["run-1"], ("run-01", "run-1")),
+        (["run-1", "run-2"], ["run-002", "run-001"], ("run-1", "run-001")),
+        ([""], ["", "space-T1w"], ("", "space-T1w")),
+        (["", "space-MNIacpc"], ["space-MNIacpc", ""], ("", "")),
+        (["space-MNIacpc"], ["", "space-MNIacpc"], ("space-MNIacpc", "space-MNIacpc")),
+        (["", "space-MNIacpc_desc-brain"], ["", "space-MNIacpc"], ("space-MNIacpc_desc-brain", "space-MNIacpc")),
+        (["space-UNCInfant"], ["space-UNCInfant"], ("space-UNCInfant", "space-UNCInfant")),
+        (["space-A", "space-B"], ["space-B"], ("space-B", "space-B")),
+        (["", "space-UNCInfant"], ["", "space-UNCInfant"], ("", "")),
+    ],
+)
+def test_runs_and_spaces_of_one_scan(tmp_path, t1s, t2s, taken):
+    def name(entities: str, suffix: str) -> str:
+        return "_".join(filter(None, ["sub-1", entities, f"{suffix}.nii.gz"]))
+
+    touch(tmp_path, *(scan(name(each, "T1w")) for each in t1s), *(scan(name(each, "T2w")) for each in t2s))
+    first = find_bids_subjects(str(tmp_path))[0][0]
+    assert [Path(path).name for path in first["image"]] == [name(taken[0], "T1w"), name(taken[1], "T2w")]
+
+
+def test_names_that_bids_does_not_allow_are_told(tmp_path):
+    touch(tmp_path, *pair("sub-1"), "sub-1/anat/sub-1_T1w_old.nii.gz", "sub-1/anat/sub-1_acq-a-b_T2w.nii.gz")
+    bad = ["sub-S-02/anat/sub-S-02_T1w.nii.gz", "sub-3/ses-1/anat/sub-3_T2w.nii.GZ", "sub-4/anat/sub-4_T1.nii"]
+    touch(tmp_path, *bad, "sub-5/anat/sub-5_FLAIR.nii.gz", "sub-6/anat/sub-6_T1w.json", "sub-7/anat/sub-7_T1_mask.nii")
+    unused = SubjectFolder(str(tmp_path)).unused
+    assert set(unused) == {str(tmp_path / name) for name in bad}
+    assert "such as sub-01_T2w.nii.gz in sub-01/anat" in unused[str(tmp_path / bad[1])]
+
+
 def test_incomplete_sessions_are_left_out_and_named(tmp_path, caplog):
     touch(tmp_path, *pair("sub-1_ses-a"), scan("sub-1_ses-b_T1w.nii.gz"), scan("sub-2_T2w.nii.gz"))
     assert list(names(SubjectFolder(str(tmp_path)).to_segment(None))) == ["sub-1_ses-a"]
@@ -240,7 +272,6 @@ def test_labels_for_training_and_scoring(tmp_path):
     touch(tmp_path, *(scan(f"sub-1_ses-1mo_space-INFANTMNIacpc_desc-{kind}_dseg.nii.gz") for kind in ("aseg", "wm")))
     touch(tmp_path, *pair("sub-2"), scan("sub-2_dseg.nii.gz"), scan("sub-2_desc-skipdenseseg_dseg.nii.gz"))
     touch(tmp_path, *pair("sub-3"), scan("sub-3_desc-skipdenseseg_dseg.nii.gz"), scan("sub-3_space-orig_dseg.nii.gz"))
-    touch(tmp_path, *pair("sub-4_space-MNI152NLin2009cAsym"))
     folder = SubjectFolder(str(tmp_path))
     labels = {subject["subject"]: Path(subject.get("label", "")).name for subject in folder.subjects}
     first = "sub-1_ses-1mo_space-INFANTMNIacpc"

@@ -165,8 +165,42 @@ def test_published_normalisation(tmp_path):
         np.testing.assert_allclose(channel, (values - brain.mean()) / brain.std(), atol=1e-5)
 
 
+def clipped(kind: str, where: str) -> tuple[np.ndarray, np.ndarray]:
+    """T1 and T2 of a small brain, and what is 0 in T1 though it is brain, or not."""
+    t1 = np.zeros((12, 13, 14), np.int16)
+    t1[2:10, 2:11, 2:12] = RNG.integers(100, 900, (8, 9, 10))
+    hole = np.zeros(t1.shape, bool)
+    hole[{"within": np.s_[4:7, 5:7, 5:9], "one voxel": np.s_[5:6, 5:6, 5:6], "open": np.s_[5:6, 5:6, 5:]}[where]] = True
+    t2 = np.where(t1 > 0, 1000 - t1, 0).astype(np.int16)
+    if kind == "gap of the mask":
+        t2[hole] = 0
+    t1[hole] = 0
+    return np.stack([t1, t2]), hole
+
+
+@pytest.mark.parametrize("where", ["within", "one voxel", "open"])
+@pytest.mark.parametrize("kind", ["CSF", "gap of the mask"])
+def test_holes_of_t1_in_the_brain_count_as_brain(tmp_path, caplog, kind, where):
+    (t1, t2), hole = clipped(kind, where)
+    loaded = read_subject(subject_of(tmp_path, T1=t1, T2=t2))
+    filled = kind == "CSF" and where != "open"
+    np.testing.assert_array_equal(loaded["t1"][0], np.where(hole & filled, t1[t1 > 0].min(), t1))
+    told = f"{hole.sum()} voxels inside the brain are 0 in T1; they count as brain"
+    assert [told in message for message in caplog.messages] == [True] * filled
+
+
+def test_holes_of_a_scan_alone_count_as_brain_and_those_of_its_mask_do_not(tmp_path):
+    (t1, _), hole = clipped("CSF", "within")
+    save_volume(tmp_path / "t1.nii.gz", t1)
+    paths = {"subject": "1", "image": [str(tmp_path / "t1.nii.gz"), None]}
+    assert (read_subject(paths)["t1"][0].numpy()[hole] > 0).all()
+    save_volume(tmp_path / "mask.nii.gz", (~hole).astype(np.uint8))
+    assert (read_subject(paths | {"mask": str(tmp_path / "mask.nii.gz")})["t1"][0].numpy()[hole] == 0).all()
+
+
 def test_t2_of_a_head_beside_a_stripped_t1(tmp_path):
-    t1 = np.where(RNG.random(VALUES.shape) > 0.4, VALUES, 0).astype(np.int16)
+    t1 = VALUES.copy()
+    t1[:3, :3] = 0
     head = VALUES[::-1].copy()
     loaded = read_subject(subject_of(tmp_path / "head", T1=t1, T2=head))
     np.testing.assert_array_equal(loaded["image"][1], head * (t1 > 0))
