@@ -2,7 +2,9 @@
 
 import ast
 import difflib
+import getpass
 import inspect
+import os
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -60,6 +62,14 @@ def take_text_as_it_is(command: Callable[..., None]) -> None:
     fire.decorators.SetParseFns(**dict.fromkeys(texts, str))(command)
 
 
+def have_user_name() -> None:
+    """Give the process a user name if it has none, as in a container that runs as any user id: MONAI asks for it."""
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):  # the type depends on Python's version
+        os.environ["USER"] = "user"
+
+
 def main(arguments: list[str]) -> None:
     """Run the command that the arguments begin with, or print an overview of all commands."""
     name = arguments[0] if arguments else "--help"
@@ -77,4 +87,5 @@ def main(arguments: list[str]) -> None:
 
 if __name__ == "__main__":
     show_input_errors_in_one_line()
+    have_user_name()
     main(sys.argv[1:])

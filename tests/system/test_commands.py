@@ -37,6 +37,7 @@ from processes import (
     flags,
     last_line,
     nothing_written,
+    run,
     segmenting,
     succeeds,
     training,
@@ -218,11 +219,44 @@ def test_both_command_styles_from_another_directory(dataset, tmp_path):
     assert (tmp_path / "labels" / "subject-11-label.nii.gz").exists()
 
 
-def test_segmentations_are_not_written_among_the_subjects(own_dataset):
+@pytest.mark.parametrize("command", [training, evaluating, segmenting])
+def test_results_are_not_written_among_the_subjects(own_dataset, command):
     data = own_dataset()
     before = sorted(data.iterdir())
-    assert_one_line(bundle(*segmenting(data, data)), "choose an --output_dir outside")
+    assert_one_line(bundle(*command(data, data)), "choose an --output_dir outside")
     assert sorted(data.iterdir()) == before
+
+
+def test_output_in_ascii_and_to_a_file(own_dataset, tmp_path):
+    result = run(
+        [sys.executable, "-m", "monai.bundle", *segmenting(own_dataset(), tmp_path, "--subjects", "[9,11]")],
+        PYTHONIOENCODING="ascii",
+        PYTHONUTF8="0",
+        LC_ALL="C",
+    )
+    assert result.returncode == 0, result.stderr
+    told = result.stdout + result.stderr
+    assert "\r" not in told and "%|" not in told
+    assert re.findall(r"segmenting: (\d of \d) subjects done", told) == ["1 of 2", "2 of 2"]
+    assert (tmp_path / "subject-11-label.nii.gz").exists()
+
+
+NAMELESS = """
+import os, pwd, runpy, sys
+
+def no_entry(user):
+    raise KeyError(f"getpwuid(): uid not found: {user}")
+
+pwd.getpwuid = no_entry
+for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+    os.environ.pop(name, None)
+runpy.run_module("scripts", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_nameless_user():
+    result = run([sys.executable, "-c", NAMELESS, "phantom", "--help"])
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize(

@@ -142,12 +142,13 @@ def test_training_that_replaced_what_it_started_from_goes_on(dataset, tmp_path, 
 
 def test_subjects_as_monai_label_hands_them_on(brains, tmp_path):
     """It tells images and labels, and no ids."""
-    save_subject(tmp_path, "1", brains[0])
-    item = {"image": [str(tmp_path / f"subject-1-{kind}.hdr") for kind in ("T1", "T2")]}
-    item["label"] = str(tmp_path / "subject-1-label.hdr")
+    data = tmp_path / "data"
+    save_subject(data, "1", brains[0])
+    item = {"image": [str(data / f"subject-1-{kind}.hdr") for kind in ("T1", "T2")]}
+    item["label"] = str(data / "subject-1-label.hdr")
     lists = {"train#dataset#data": [item], "validate#dataset#data": [item]}
-    assert len(train_in_process(tmp_path, tmp_path / "out", epochs=1, **lists)) == 2
-    assert train_in_process(tmp_path, tmp_path / "out", epochs=1, resume=True, **lists) == {}
+    assert len(train_in_process(data, tmp_path / "out", epochs=1, **lists)) == 2
+    assert train_in_process(data, tmp_path / "out", epochs=1, resume=True, **lists) == {}
 
 
 def test_file_that_is_not_the_state_of_this_training(dataset, tmp_path, uninterrupted):
