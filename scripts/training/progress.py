@@ -38,7 +38,7 @@ class Progress:
         if own_rank() > 0:
             return
         writer = SummaryWriter(log_dir=self.output_dir)
-        ProgressBar(desc="training", mininterval=1.0, disable=None).attach(engine)
+        ProgressBar(desc="training", mininterval=1.0).attach(engine)
         loss = from_engine(["loss"], first=True)
         TensorBoardStatsHandler(writer, tag_name=STEP_LOSS, output_transform=loss).attach(engine)
         TensorBoardStatsHandler(writer, iteration_log=False).attach(self.validator)
