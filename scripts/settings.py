@@ -45,6 +45,18 @@ def _given(arguments: Sequence[str]) -> Iterator[tuple[str, Any, str]]:
                 raise InputError(f"--{name} {text}: can't be read ({error}); correct it") from error
 
 
+def _values_by_option(arguments: Sequence[str]) -> list[tuple[str, list[str]]]:
+    """Each option with the arguments up to the next one."""
+    result: list[tuple[str, list[str]]] = []
+    for argument in arguments:
+        if re.match(r"--?[a-zA-Z]", argument):
+            option, equals, value = argument.partition("=")
+            result.append((option, [value] if equals else []))
+        elif result:
+            result[-1][1].append(argument)
+    return result
+
+
 def _names_at(config: ConfigParser, parent: str) -> set[str]:
     """The names that can be set in a part of a config: those in it, and the arguments of a component."""
     part = config.get(parent)
@@ -81,11 +93,13 @@ def _run_options(arguments: Sequence[str]) -> dict[str, Any]:
 def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     """Refuse a command-line override of a setting that no config has; MONAI would silently ignore it.
 
+    So is a second value of a setting, unless it names a part of the config to run, for which MONAI takes it.
+
     Args:
         arguments: of `monai.bundle run`.
 
     Raises:
-        InputError: a name is unknown, with the nearest known one, or a file can't be read.
+        InputError: a name is unknown, with the nearest known one, a setting has two values, or a file can't be read.
     """
     options = _run_options(arguments)
     if "config_file" not in options:  # not started from the command line
@@ -96,6 +110,10 @@ def refuse_unknown_overrides(arguments: Sequence[str]) -> None:
     for name in options:
         if hint := unknown_setting(name, config, monai_options):
             raise InputError(f"--{name}: no such setting; {hint}")
+    for option, values in _values_by_option(arguments):
+        if len(values) > 1 and values[-1] not in config:
+            several = ",".join(f"'{value}'" for value in values)
+            raise InputError(f'{option} {" ".join(values)}: has more than one value; write several as "[{several}]"')
 
 
 def refuse_rewritten_values(arguments: Sequence[str]) -> None:
@@ -121,28 +139,6 @@ def refuse_rewritten_values(arguments: Sequence[str]) -> None:
             raise InputError(f"--{name} {text}: # would be changed or cut off; choose a path without it")
         if any(str(each).startswith("~") for each in ensure_tuple(value)):
             raise InputError(f"--{name} {text}: ~ isn't your home folder here; write the path in full")
-
-
-def refuse_stray_values(arguments: Sequence[str]) -> None:
-    """Refuse a value on the command line that follows another value, which MONAI would take for an id to run.
-
-    Args:
-        arguments: of `monai.bundle run`.
-
-    Raises:
-        InputError: there is one, after the first option.
-    """
-    option = ""
-    values: list[str] = []
-    for argument in arguments:
-        if re.match(r"--?[a-zA-Z]", argument):
-            option, _, value = argument.partition("=")
-            values = [value] if value else []
-        elif option:
-            values.append(argument)
-        if len(values) > 1:
-            several = ",".join(f"'{value}'" for value in values)
-            raise InputError(f'{option} {" ".join(values)}: has more than one value; write several as "[{several}]"')
 
 
 def require_tracking_package(arguments: Sequence[str]) -> None:

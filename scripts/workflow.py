@@ -34,7 +34,6 @@ from scripts.inference.exported import is_exported
 from scripts.machine import keep_freed_memory, require_device
 from scripts.settings import (
     refuse_rewritten_values,
-    refuse_stray_values,
     refuse_unknown_overrides,
     require_tracking_package,
 )
@@ -60,7 +59,7 @@ def start(seed: int, device: torch.device | str) -> None:
 
     Raises:
         InputError: as `refuse_unknown_overrides`, `refuse_rewritten_values`, `require_tracking_package` and
-            `require_device`; or as `refuse_stray_values`.
+            `require_device`.
     """
     # MONAI's surface distances warn about an argument that MONAI itself passes
     warnings.filterwarnings("ignore", ".*always_return_as_numpy", FutureWarning)
@@ -70,7 +69,6 @@ def start(seed: int, device: torch.device | str) -> None:
     if Path(sys.argv[0]) == Path(monai.bundle.__file__).with_name("__main__.py"):
         show_input_errors_in_one_line()
         refuse_unknown_overrides(sys.argv[1:])
-        refuse_stray_values(sys.argv[1:])
         refuse_rewritten_values(sys.argv[1:])
         require_tracking_package(sys.argv[1:])
         # tqdm uses the wall clock, which may be set back; its monitor thread would compare it with the new one

@@ -121,10 +121,11 @@ def find_bids_subjects(
         if session in left_out:
             continue
         try:
-            scans = _in_one_space([scan for scan in _scans(anat, session) if scan.entities.get("part", "mag") == "mag"])
+            scans = [scan for scan in _scans(anat, session) if scan.entities.get("part", "mag") == "mag"]
         except InputError as error:
             left_out[session] = error
             continue
+        scans = _in_one_space(scans, session, left_out)
         if contrasts in CONTRASTS:
             wanted = [scan for scan in scans if scan.suffix in (f"{contrasts}w", "mask", "dseg")]
             if len(wanted) < len(scans) and all(scan.suffix in ("mask", "dseg") for scan in wanted):
@@ -183,17 +184,22 @@ def _reason_to_leave_out(
     return None
 
 
-def _in_one_space(scans: Collection[_Scan]) -> list[_Scan]:
-    """The scans in the subject's own space; without any, those in the only space in which there are most kinds."""
+def _in_one_space(scans: Collection[_Scan], session: str, left_out: dict[str, str | InputError]) -> list[_Scan]:
+    """The scans in the subject's own spaces or, without any, in the only space that has the most of T1w and T2w.
+
+    If several have as many, the session is added to `left_out`.
+    """
     own = [scan for scan in scans if scan.is_in_own_space]
-    if any(scan.suffix in ("T1w", "T2w") for scan in own):
-        return own
     kinds: dict[str, set[str]] = {}
     for scan in scans:
         if scan.suffix in ("T1w", "T2w"):
             kinds.setdefault(scan.space, set()).add(scan.suffix)
-    most = max(map(len, kinds.values()), default=0)
-    spaces = [space for space, there in kinds.items() if len(there) == most]
+    if not kinds or any(scan.suffix in ("T1w", "T2w") for scan in own):
+        return own
+    most = max(map(len, kinds.values()))
+    spaces = sorted(space for space, there in kinds.items() if len(there) == most)
+    if len(spaces) > 1:
+        left_out[session] = f"has scans in {' and '.join(f'space-{space}' for space in spaces)} alone; keep one of them"
     return [scan for scan in scans if [scan.space] == spaces]
 
 

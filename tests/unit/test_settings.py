@@ -7,7 +7,6 @@ from helpers import ROOT
 from scripts.errors import InputError
 from scripts.settings import (
     refuse_rewritten_values,
-    refuse_stray_values,
     refuse_unknown_overrides,
     require_tracking_package,
 )
@@ -133,15 +132,16 @@ def test_id_or_path_that_would_arrive_as_another(arguments, message):
 @pytest.mark.parametrize(
     ("given", "remedy"),
     [
-        ("--subjects 01 02", "--subjects 01 02: has more than one value; write several as \"['01','02']\""),
+        ("--val_subjects a 10", "--val_subjects a 10: has more than one value; write several as \"['a','10']\""),
         ("--epochs=3 4", r"--epochs 3 4: has more than one value"),
-        ("--output_dir my results --flips True", r"--output_dir my results: has more than one value"),
+        ("--output_dir my results --seed 1", r"--output_dir my results: has more than one value"),
     ],
 )
 def test_values_without_a_name(given, remedy):
     with pytest.raises(InputError, match=re.escape(remedy)):
-        refuse_stray_values(["run", "training", "--config_file", TRAIN, *given.split()])
-    refuse_stray_values(["run", "training", "--config_file", TRAIN, "--learning_rate", "-1", "--flips", "--seed=3"])
+        refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, *given.split()])
+    refuse_unknown_overrides(["run", "training", "--config_file", TRAIN, "--learning_rate", "-1", "--seed=3"])
+    refuse_unknown_overrides(["run", "--config_file", TRAIN, "--seed", "3", "training"])
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,13 @@ def test_runs_and_spaces_of_one_scan(tmp_path, t1s, t2s, taken):
     assert [Path(path).name for path in first["image"]] == [name(taken[0], "T1w"), name(taken[1], "T2w")]
 
 
+def test_several_spaces_of_templates_are_told(tmp_path):
+    touch(tmp_path, *pair("sub-1"), *pair("sub-2_ses-a_space-A"), *pair("sub-2_ses-a_space-B"))
+    folder = SubjectFolder(str(tmp_path))
+    assert folder.left_out == {"sub-2_ses-a": "has scans in space-A and space-B alone; keep one of them"}
+    assert [subject["subject"] for subject in folder.require_good()] == ["sub-1"]
+
+
 def test_names_that_bids_does_not_allow_are_told(tmp_path):
     touch(tmp_path, *pair("sub-1"), "sub-1/anat/sub-1_T1w_old.nii.gz", "sub-1/anat/sub-1_acq-a-b_T2w.nii.gz")
     bad = ["sub-S-02/anat/sub-S-02_T1w.nii.gz", "sub-3/ses-1/anat/sub-3_T2w.nii.GZ", "sub-4/anat/sub-4_T1.nii"]
